@@ -1,0 +1,249 @@
+"""Algorithm 1 of the GUNN paper: a gradually updated layer that trains in the memory of an unordered one.
+
+A gradually updated layer feeds every update unit the state left by the units before it. Left to autograd, each of the P
+units keeps its own copy of that state for backward, P times N channels in all. The states differ from each other only in
+which segments are updated already, so the layer's input and output hold all of them: `gradual_update` saves those two and
+puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice.
+
+The P gradients of the state are as large as the state itself. Pointwise convolutions of the state, which is how a unit
+of the paper reads it, add theirs to one buffer inside their matrix product, so none of them is ever written out.
+
+This file knows of tensors and modules only, of neither images nor models.
+"""
+from typing import Any, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ['gradual_update', 'update_in_place']
+
+_View = Tuple[torch.Size, Tuple[int, ...], int]
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View (N, C, H, W) in channels_last order as (N * H * W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class _State:
+    """The running state of one layer, which its units read, and in backward the gradient of that state."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor: Optional[torch.Tensor] = tensor
+        self.grad: Optional[torch.Tensor] = None
+        self.storage_ptr = tensor.untyped_storage().data_ptr()
+
+    # As saved-tensor hooks these two keep a view's place in the state instead of the state.
+    def pack(self, saved: torch.Tensor) -> Union[_View, torch.Tensor]:
+        if saved.untyped_storage().data_ptr() == self.storage_ptr:
+            return saved.size(), saved.stride(), saved.storage_offset()
+        return saved
+
+    def unpack(self, packed: Union[_View, torch.Tensor]) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else self.tensor.as_strided(*packed)
+
+
+class _PointwiseConv(torch.autograd.Function):
+    """1x1 convolution of the state that adds the state's gradient to the layer's buffer, not to its input's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: _State) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.state = state
+        return F.conv2d(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> Tuple[None, Optional[torch.Tensor], None]:
+        weight, = ctx.saved_tensors
+        x, grad_x = ctx.state.tensor, ctx.state.grad
+        matrix = weight.flatten(1).to(grad_out.dtype)
+        if _is_channels_last(x):
+            rows = _as_rows(grad_out)
+            if ctx.needs_input_grad[0]:
+                _as_rows(grad_x).addmm_(rows, matrix)
+            grad_weight = rows.t() @ _as_rows(x) if ctx.needs_input_grad[1] else None
+        else:
+            columns = grad_out.flatten(2)
+            if ctx.needs_input_grad[0]:
+                grad_x.flatten(2).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
+            grad_weight = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight = grad_weight.view_as(weight).to(weight.dtype)
+        return None, grad_weight, None
+
+
+class _StateView(torch.Tensor):
+    """What a unit is given as its input: a tensor like any other, whose pointwise convolutions are `_PointwiseConv`."""
+    leaf: torch.Tensor
+    state: _State
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.conv2d and len(args) == 7 and not kwargs and set(types) == {cls} and isinstance(args[0], cls):
+            x, weight, bias, stride, padding, _, groups = args
+            if bias is None and stride == (1, 1) and padding == (0, 0) and groups == 1 and weight.shape[2:] == (1, 1):
+                return _PointwiseConv.apply(x.leaf, weight, x.state)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _call_unit(unit: nn.Module, index: int, x: torch.Tensor, state: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    version = None if state.is_inference() else state._version
+    out = unit(x)
+    if out.shape != segment.shape:
+        raise ValueError(
+            f'The unit of segment {index} returned shape {tuple(out.shape)}; '
+            f'the segment it updates has shape {tuple(segment.shape)}.')
+    if version is not None and state._version != version:
+        raise ValueError(f'The unit of segment {index} changed its input in place; it may only read it.')
+    return out
+
+
+def _segments(x: torch.Tensor, count: int) -> Tuple[torch.Tensor, ...]:
+    if x.shape[1] % count:
+        raise ValueError(f'{x.shape[1]} channels cannot be cut into {count} segments of one size.')
+    return x.chunk(count, dim=1)
+
+
+def _update_segment(segment: torch.Tensor, out: torch.Tensor, residual: bool) -> None:
+    if residual:
+        segment.add_(out)
+    else:
+        segment.copy_(out)
+
+
+def update_in_place(
+        x: torch.Tensor,
+        units: Sequence[nn.Module],
+        residual: bool = True,
+        ordered: bool = True,
+) -> torch.Tensor:
+    """Run the units one after another on one running state, for use where no gradient is wanted.
+
+    Args:
+        x: Input of shape (N, C, H, W); it is not changed.
+        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W).
+        residual: Add a unit's output to its segment's old value (paper section 3, Eq. 3) instead of replacing it.
+        ordered: Let each unit read what the units before it updated; with False all of them read x.
+
+    Returns:
+        Output of shape (N, C, H, W).
+
+    Raises:
+        ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
+            unit changes its input in place.
+    """
+    y = x.clone()
+    state = y if ordered else x
+    for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
+        _update_segment(segment, _call_unit(unit, index, state, state, segment), residual)
+    return y
+
+
+class _GradualUpdate(torch.autograd.Function):
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            x: torch.Tensor,
+            units: Sequence[nn.Module],
+            residual: bool,
+            ordered: bool,
+            # Inputs of this function so that the engine, and with it DDP, sees their gradients arrive.
+            *params: torch.Tensor,
+    ) -> torch.Tensor:
+        y = x.clone()
+        state = _State(y if ordered else x)
+        unit_params = [list(unit.parameters()) for unit in units]
+        needs_grad = ctx.needs_input_grad[0]
+        leaves: List[torch.Tensor] = []
+        outs: List[Optional[torch.Tensor]] = []
+        for index, (unit, segment, own_params) in enumerate(zip(units, _segments(y, len(units)), unit_params)):
+            leaf = state.tensor.detach().requires_grad_(needs_grad)
+            needs_out_grad = needs_grad or any(p.requires_grad for p in own_params)
+            with torch.set_grad_enabled(needs_out_grad), \
+                    torch.autograd.graph.saved_tensors_hooks(state.pack, state.unpack):
+                view = leaf.as_subclass(_StateView)
+                view.leaf, view.state = leaf, state
+                out = _call_unit(unit, index, view, state.tensor, segment)
+            leaves.append(leaf)
+            outs.append(out if needs_out_grad else None)
+            _update_segment(segment, out.detach(), residual)
+            needs_grad = needs_out_grad if ordered else needs_grad
+        # The state is x and y from here on: these are watched for changes by the engine and freed by it.
+        state.tensor = None
+        ctx.save_for_backward(x, y if ordered else None)
+        ctx.state, ctx.leaves, ctx.outs, ctx.unit_params, ctx.residual = state, leaves, outs, unit_params, residual
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        x, y = ctx.saved_tensors
+        ordered = y is not None
+        state = ctx.state
+        state.tensor = y.clone() if ordered else x
+        # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
+        grad = torch.empty_like(x).copy_(grad_y)
+        out_grads = _segments(grad if ordered else grad.clone(), len(ctx.outs))
+        old = _segments(x, len(ctx.outs))
+        restored = _segments(state.tensor, len(ctx.outs))
+        state.grad = grad
+        if not ctx.residual and not ordered:
+            grad.zero_()
+        param_grads: List[Optional[torch.Tensor]] = []
+        for index in reversed(range(len(ctx.outs))):
+            out, leaf, params = ctx.outs[index], ctx.leaves[index], ctx.unit_params[index]
+            if ordered:
+                restored[index].copy_(old[index])
+            if out is None:
+                param_grads[:0] = [None] * len(params)
+                continue
+            # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
+            out_grad = out_grads[index].clone(
+                memory_format=torch.channels_last if _is_channels_last(out) else torch.contiguous_format)
+            if not ctx.residual and ordered:
+                out_grads[index].zero_()
+            wanted = [t for t in (leaf, *params) if t.requires_grad]
+            found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, out_grad, allow_unused=True)))
+            if found.get(id(leaf)) is not None:
+                grad.add_(found[id(leaf)])
+            param_grads[:0] = [found.get(id(p)) for p in params]
+        state.tensor = state.grad = None
+        return grad if ctx.needs_input_grad[0] else None, None, None, None, *param_grads
+
+
+def gradual_update(
+        x: torch.Tensor,
+        units: Sequence[nn.Module],
+        residual: bool = True,
+        ordered: bool = True,
+) -> torch.Tensor:
+    """Run the units one after another on one running state, differentiably, keeping 2C channels beside the units' own.
+
+    Gradients, BatchNorm statistics and outputs are those of concatenating the updated and the old segments before every
+    unit (paper section 3 and Algorithm 1). Differentiable once; a second derivative raises PyTorch's error.
+
+    Args:
+        x: Input of shape (N, C, H, W); it is not changed.
+        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W). A parameter belongs to one
+            unit only.
+        residual: Add a unit's output to its segment's old value (paper section 3, Eq. 3) instead of replacing it.
+        ordered: Let each unit read what the units before it updated; with False all of them read x.
+
+    Returns:
+        Output of shape (N, C, H, W).
+
+    Raises:
+        ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
+            unit changes its input in place.
+    """
+    params = [p for unit in units for p in unit.parameters()]
+    return _GradualUpdate.apply(x, units, residual, ordered, *params)

@@ -1,0 +1,462 @@
+"""GUNN: Gradually Updated Neural Networks
+
+Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
+(Siyuan Qiao, Zhishuai Zhang, Wei Shen, Bo Wang, Alan Yuille, ICML 2018)
+
+Written from the paper. What it leaves open (the projection in the CIFAR units, the stems and transitions, the init) follows
+the authors' Torch7 code, https://github.com/joe-siyuan-qiao/GUNN (BSD); no code was taken from there.
+
+The number in a name is the paper's: it counts each GUNN layer as one block of four convolutions for the CIFAR networks
+(three for ImageNet), though a gradual layer is in effect as deep as it has segments.
+"""
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+from torch import nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, named_apply, \
+    register_model
+from timm.models._features import feature_take_indices
+
+from .layers import ConvNormAct, GunnLayer
+
+__all__ = ['Gunn']
+
+
+class GunnStage(nn.Module):
+    """A transition that changes width and, past the first stage, halves the size; then a gradually updated layer.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Channels of the layer.
+        num_segments: Segments of the layer.
+        downsample: Whether there is a transition.
+        stride: 2 for a transition that halves the size, 1 for one that keeps it.
+        pool_first: Pool before the 1x1 convolution (ImageNet networks) or after (CIFAR networks).
+        dilation: Dilation of the layer's 3x3 convolutions.
+        layer_kwargs: Further arguments of `GunnLayer`.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            num_segments: int,
+            downsample: bool = True,
+            stride: int = 2,
+            pool_first: bool = True,
+            dilation: int = 1,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+            **layer_kwargs: Any,
+    ):
+        super().__init__()
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        if downsample:
+            pool = nn.AvgPool2d(2) if stride == 2 else AvgPool2dSame(2, stride=1)
+            conv = ConvNormAct(in_chs, out_chs, 1, **kwargs)
+            self.downsample = nn.Sequential(OrderedDict(
+                [('pool', pool), ('conv', conv)] if pool_first else [('conv', conv), ('pool', pool)]))
+        else:
+            self.downsample = nn.Identity()
+        self.layer = GunnLayer(out_chs, num_segments, dilation=dilation, **layer_kwargs, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
+        return self.layer(self.downsample(x))
+
+
+class Gunn(nn.Module):
+    """Gradually Updated Neural Network.
+
+    Args:
+        layout: 'imagenet' (7x7/2 stem and max pool, pool before each transition's convolution, no projection in the
+            units; paper Table 2) or 'cifar' (3x3 stem at full size, pool after, projections, a last 1x1 convolution;
+            paper Table 1).
+        channels: Channels of each gradually updated layer, N of the paper.
+        segments: Segments of each layer, P of the paper.
+        expansion: K of the paper.
+        num_blocks: M of the paper.
+        ordered: With False the unordered baseline, SUNN, of the paper.
+        residual: With False the updates replace the old values (paper section 6.3, GUNN without residual).
+        num_classes: Classes; 0 for no classifier.
+        in_chans: Channels of the input image.
+        global_pool: Global pooling: 'avg', 'max', 'avgmax', 'catavgmax', a 'fast' variant, or '' for none.
+        output_stride: Largest stride; later transitions keep the size and the units are dilated instead. None for the
+            layout's own, 32 ('imagenet') or 4 ('cifar').
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly over the units.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it and what is accepted.
+    """
+
+    def __init__(
+            self,
+            layout: str = 'imagenet',
+            channels: Tuple[int, ...] = (400, 800, 1600, 2000),
+            segments: Tuple[int, ...] = (10, 20, 40, 50),
+            expansion: int = 2,
+            num_blocks: int = 1,
+            ordered: bool = True,
+            residual: bool = True,
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: Optional[int] = None,
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        if layout not in ('imagenet', 'cifar'):
+            raise ValueError(f"layout must be 'imagenet' or 'cifar'; got '{layout}'.")
+        if len(channels) != len(segments) or not channels:
+            raise ValueError(f'channels and segments must be of one length, at least 1; got {channels} and {segments}.')
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be 0 (no classifier) or more; got {num_classes}.')
+        is_cifar = layout == 'cifar'
+        stem_stride = 1 if is_cifar else 4
+        strides = [stem_stride * 2 ** i for i in range(len(channels))]
+        if output_stride is None:
+            output_stride = strides[-1]
+        if output_stride not in strides:
+            raise ValueError(f'output_stride must be one of {strides}; got {output_stride}.')
+        dd = {'device': device, 'dtype': dtype}
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+
+        stem_chs = 64
+        self.feature_info: List[Dict[str, Any]] = []
+        if is_cifar:
+            self.stem = nn.Sequential(OrderedDict([
+                ('conv1', ConvNormAct(in_chans, stem_chs, 3, **kwargs)),
+                ('conv2', ConvNormAct(stem_chs, channels[0], 1, **kwargs)),
+            ]))
+        else:
+            self.stem = nn.Sequential(OrderedDict([
+                ('conv1', ConvNormAct(in_chans, stem_chs, 7, stride=2, **kwargs)),
+                ('pool', nn.MaxPool2d(3, stride=2, padding=1)),
+                ('conv2', ConvNormAct(stem_chs, channels[0], 1, **kwargs)),
+            ]))
+            self.feature_info.append(dict(num_chs=stem_chs, reduction=2, module='stem.conv1'))
+
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(segments), stagewise=True)
+        stages = []
+        prev_chs = channels[0]
+        for i, (chs, num_segments, stride) in enumerate(zip(channels, segments, strides)):
+            stages.append(GunnStage(
+                prev_chs,
+                chs,
+                num_segments,
+                downsample=i > 0,
+                stride=2 if stride <= output_stride else 1,
+                pool_first=not is_cifar,
+                dilation=max(1, stride // output_stride),
+                expansion=expansion,
+                num_blocks=num_blocks,
+                shortcut=is_cifar,
+                residual=residual,
+                ordered=ordered,
+                drop_path=drop_path_rates[i],
+                **kwargs,
+            ))
+            self.feature_info.append(dict(num_chs=chs, reduction=min(stride, output_stride), module=f'stages.{i}'))
+            prev_chs = chs
+        self.stages = nn.Sequential(*stages)
+
+        self.final_conv = ConvNormAct(prev_chs, prev_chs, 1, **kwargs) if is_cifar else nn.Identity()
+        self.num_features = prev_chs
+        self.global_pool, self.head_drop, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise in place as the authors' code does: convolutions N(0, 2 / (k * k * out_channels)), fc bias 0.
+
+        Works on parameters without values, as `to_empty` leaves them. BatchNorm statistics are reset as well.
+        """
+        named_apply(_init_weights, self)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that group the parameters by depth, for layer-wise learning rates.
+
+        A layer's units are one group: with a group for each of them, a decay rate in common use would vanish.
+
+        Args:
+            coarse: One group a stage, instead of one for its transition and one for its layer.
+        """
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.layer', (1,)),
+                (r'^final_conv', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each stage in backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier, a Linear or (num_classes 0) an Identity."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier, on the model's device, in its dtype and mode.
+
+        Args:
+            num_classes: Classes; 0 for no classifier.
+            global_pool: Global pooling; None keeps the present one.
+
+        Raises:
+            ValueError: `num_classes` is negative.
+        """
+        if num_classes < 0:
+            raise ValueError(f'num_classes must be 0 (no classifier) or more; got {num_classes}.')
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Compute the features and, on the way, the feature maps of `feature_info`.
+
+        Args:
+            x: Images, shape (N, in_chans, H, W).
+            indices: Maps to return: all if None, the last n if an int, else those of these indices.
+            norm: Unused, no norm follows the stages.
+            stop_early: Stop after the last map asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return the maps only.
+
+        Returns:
+            The features and the maps, or the maps; map i has shape (N, num_chs, H / reduction, W / reduction).
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW'; got '{output_fmt}'.")
+        intermediates = []
+        # The layout with a strided stem has one map more than stages: the stem's first convolution.
+        num_stem_maps = len(self.feature_info) - len(self.stages)
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+
+        for i, module in enumerate(self.stem):
+            x = module(x)
+            if i == 0 and num_stem_maps and 0 in take_indices:
+                intermediates.append(x)
+            if stop_early and num_stem_maps and max_index == 0:
+                break
+        stages = self.stages[:max_index + 1 - num_stem_maps] if stop_early else self.stages
+        for i, stage in enumerate(stages):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(stage, x)
+            else:
+                x = stage(x)
+            if i + num_stem_maps in take_indices:
+                intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+        if not stop_early or max_index == len(self.feature_info) - 1:
+            x = self.final_conv(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove in place what the asked feature maps do not need.
+
+        Args:
+            indices: Maps to keep: the last n if an int, else those of these indices.
+            prune_norm: Remove the last 1x1 convolution of the CIFAR layout too.
+            prune_head: Remove the classifier.
+
+        Returns:
+            Indices of the maps that are kept.
+        """
+        num_maps = len(self.feature_info)
+        num_stem_maps = num_maps - len(self.stages)
+        take_indices, max_index = feature_take_indices(num_maps, indices)
+        prune_end = max_index < num_maps - 1
+        self.stages = self.stages[:max_index + 1 - num_stem_maps]
+        if num_stem_maps and max_index == 0:
+            self.stem = self.stem[:1]
+        self.feature_info = self.feature_info[:max_index + 1]
+        if prune_norm or prune_end:
+            self.final_conv = nn.Identity()
+        if prune_end:
+            # The features now end at the last kept map, and the head is of the width of the last stage.
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (N, in_chans, H, W) to features (N, num_features, H / output_stride, W / output_stride)."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x)
+        else:
+            x = self.stages(x)
+        return self.final_conv(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Map features to logits (N, num_classes), or to the pooled features (N, head_hidden_size) if `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (N, in_chans, H, W) to logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _init_weights(module: nn.Module, name: str = '') -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+    elif isinstance(module, nn.Linear):
+        module.reset_parameters()
+        nn.init.zeros_(module.bias)
+    elif hasattr(module, 'reset_parameters'):
+        module.reset_parameters()
+
+
+_CIFAR10_MEAN, _CIFAR10_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
+_CIFAR100_MEAN, _CIFAR100_STD = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv1.conv', 'classifier': 'fc',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/joe-siyuan-qiao/GUNN',
+        'paper_name': 'Gradually Updated Neural Networks for Large-Scale Image Recognition',
+        'paper_ids': 'arXiv:1711.09280',
+        **kwargs,
+    }
+
+
+def _cifar10_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return _cfg(**{
+        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
+        'mean': _CIFAR10_MEAN, 'std': _CIFAR10_STD, **kwargs,
+    })
+
+
+def _cifar100_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return _cifar10_cfg(**{'num_classes': 100, 'mean': _CIFAR100_MEAN, 'std': _CIFAR100_STD, **kwargs})
+
+
+default_cfgs = generate_default_cfgs({
+    'gunn15.cifar10': _cifar10_cfg(),
+    'gunn15.cifar100': _cifar100_cfg(),
+    'gunn24.cifar10': _cifar10_cfg(),
+    'gunn24.cifar100': _cifar100_cfg(),
+    'sunn15.cifar10': _cifar10_cfg(),
+    'sunn15.cifar100': _cifar100_cfg(),
+    'sunn24.cifar10': _cifar10_cfg(),
+    'sunn24.cifar100': _cifar100_cfg(),
+    'gunn15_nores.cifar10': _cifar10_cfg(),
+    'gunn15_nores.cifar100': _cifar100_cfg(),
+    'gunn18.in1k': _cfg(),
+    'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0),
+    'wide_gunn18.in1k': _cfg(),
+    'sunn18.in1k': _cfg(),
+})
+
+_GUNN15 = dict(layout='cifar', channels=(240, 300, 360), segments=(20, 25, 30))
+_GUNN24 = dict(layout='cifar', channels=(720, 900, 1080), segments=(20, 25, 30), expansion=3, num_blocks=2)
+_GUNN18 = dict(layout='imagenet', channels=(400, 800, 1600, 2000), segments=(10, 20, 40, 50))
+_WIDE_GUNN18 = dict(layout='imagenet', channels=(1200, 1600, 2000, 2000), segments=(30, 40, 50, 50))
+
+
+def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
+    return build_model_with_cfg(
+        Gunn,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2) if kwargs['layout'] == 'cifar' else (0, 1, 2, 3, 4), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+@register_model
+def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """GUNN-15 for 32x32 images (paper section 5.2, Table 1)."""
+    return _create_gunn('gunn15', pretrained, **dict(_GUNN15, **kwargs))
+
+
+@register_model
+def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """GUNN-24 for 32x32 images: wider than GUNN-15, with two blocks a unit (paper section 5.2)."""
+    return _create_gunn('gunn24', pretrained, **dict(_GUNN24, **kwargs))
+
+
+@register_model
+def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """GUNN-18 for 224x224 images (paper section 5.3, Table 2)."""
+    return _create_gunn('gunn18', pretrained, **dict(_GUNN18, **kwargs))
+
+
+@register_model
+def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """Wide GUNN-18 for 224x224 images (paper section 5.3, Table 2)."""
+    return _create_gunn('wide_gunn18', pretrained, **dict(_WIDE_GUNN18, **kwargs))
+
+
+@register_model
+def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """SUNN-15: GUNN-15 with all segments updated at once, the paper's baseline (paper section 6.3)."""
+    return _create_gunn('sunn15', pretrained, **dict(_GUNN15, ordered=False, **kwargs))
+
+
+@register_model
+def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """SUNN-24: GUNN-24 with all segments updated at once, the paper's baseline (paper section 6.3)."""
+    return _create_gunn('sunn24', pretrained, **dict(_GUNN24, ordered=False, **kwargs))
+
+
+@register_model
+def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """SUNN-18: GUNN-18 with all segments updated at once, the paper's baseline (paper section 6.4)."""
+    return _create_gunn('sunn18', pretrained, **dict(_GUNN18, ordered=False, **kwargs))
+
+
+@register_model
+def gunn15_nores(pretrained: bool = False, **kwargs: Any) -> Gunn:
+    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6.3, Table 5)."""
+    return _create_gunn('gunn15_nores', pretrained, **dict(_GUNN15, residual=False, **kwargs))

@@ -1,0 +1,281 @@
+"""The building blocks of a GUNN: the update unit of one segment, and the layer that runs the units in order.
+
+Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
+"""
+from typing import Sequence, Union
+
+import torch
+from torch import nn
+from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
+from timm.models import register_notrace_module
+
+from .gradual import gradual_update, update_in_place
+
+__all__ = ['ConvNormAct', 'Bottleneck', 'UpdateUnit', 'GunnLayer', 'set_backend']
+
+BACKENDS = ('auto', 'plain', 'in_place', 'gradual')
+
+
+class ConvNormAct(nn.Module):
+    """Convolution without bias, norm, activation.
+
+    The norm is a module of its own, not timm's fused BatchNormAct2d, so that tools that look for BatchNorm2d and replace
+    it, SyncBatchNorm conversion among them, keep the activation.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        kernel_size: Kernel size; the padding keeps the spatial size at stride 1.
+        stride: Stride.
+        dilation: Dilation.
+        act: Whether the activation follows.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            kernel_size: int = 1,
+            stride: int = 1,
+            dilation: int = 1,
+            act: bool = True,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv = nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride=stride, padding=dilation * (kernel_size // 2), dilation=dilation,
+            bias=False, **dd)
+        self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
+        self.act = get_act_layer(act_layer)(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
+        return self.act(self.bn(self.conv(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions, each with a norm, the first two with an activation (paper section 5.1).
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        expansion: K of the paper; the 3x3 convolution has K * out_chs channels.
+        dilation: Dilation of the 3x3 convolution.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expansion: int = 2,
+            dilation: int = 1,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        mid_chs = expansion * out_chs
+        self.conv1 = ConvNormAct(in_chs, mid_chs, 1, **kwargs)
+        self.conv2 = ConvNormAct(mid_chs, mid_chs, 3, dilation=dilation, **kwargs)
+        self.conv3 = ConvNormAct(mid_chs, out_chs, 1, act=False, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to (N, out_chs, H, W)."""
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+class UpdateUnit(nn.Module):
+    """What one segment's channels are computed with, from all channels of the layer (paper sections 3 and 5.1).
+
+    Args:
+        in_chs: Channels of the layer, N of the paper.
+        out_chs: Channels of the segment, N / P.
+        expansion: K of the paper.
+        num_blocks: M of the paper; blocks after the first have an identity shortcut and no activation between.
+        shortcut: Add a projection (1x1 convolution, norm) of the input to the first block's output.
+        dilation: Dilation of the 3x3 convolutions.
+        drop_path: Probability of dropping the unit's output for a sample.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            expansion: int = 2,
+            num_blocks: int = 1,
+            shortcut: bool = False,
+            dilation: int = 1,
+            drop_path: float = 0.,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList([
+            Bottleneck(in_chs if i == 0 else out_chs, out_chs, expansion, dilation, **kwargs)
+            for i in range(num_blocks)
+        ])
+        self.shortcut = ConvNormAct(in_chs, out_chs, 1, act=False, **kwargs) if shortcut else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, in_chs, H, W) to (N, out_chs, H, W); the input is not changed."""
+        out = x
+        for i, block in enumerate(self.blocks):
+            if i == 0:
+                out = block(x)
+                if self.shortcut is not None:
+                    out = out + self.shortcut(x)
+            else:
+                out = out + block(out)
+        return self.drop_path(out)
+
+
+@register_notrace_module
+class GunnLayer(nn.Module):
+    """A convolutional layer whose channels are updated segment by segment (paper section 3, Algorithm 1).
+
+    The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
+    There are three ways to run that, all with the same result: concatenating before every unit (what tracing, scripting,
+    exporting and compiling see), updating one state in place (no gradient wanted), and Algorithm 1 (training).
+
+    Args:
+        channels: Channels of the layer, N of the paper.
+        num_segments: Segments, P of the paper; must divide `channels`.
+        expansion: K of the paper.
+        num_blocks: M of the paper.
+        shortcut: Give each unit a projection shortcut.
+        residual: Add a unit's output to its segment's old value instead of replacing it.
+        ordered: With False every unit reads the layer's input: the unordered baseline, SUNN, of the paper.
+        dilation: Dilation of the 3x3 convolutions.
+        drop_path: Stochastic depth rate, one for all units or one a unit.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+
+    Raises:
+        ValueError: `num_segments` does not divide `channels`, or either is below 1.
+    """
+    ordered: torch.jit.Final[bool]
+    residual: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            channels: int,
+            num_segments: int,
+            expansion: int = 2,
+            num_blocks: int = 1,
+            shortcut: bool = False,
+            residual: bool = True,
+            ordered: bool = True,
+            dilation: int = 1,
+            drop_path: Union[float, Sequence[float]] = 0.,
+            act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        if channels < 1 or num_segments < 1 or channels % num_segments:
+            raise ValueError(
+                f'The number of segments must be a divisor of the number of channels; got {channels} channels '
+                f'and {num_segments} segments.')
+        self.channels = channels
+        self.num_segments = num_segments
+        self.ordered = ordered
+        self.residual = residual
+        self.backend = 'auto'
+        rates = [drop_path] * num_segments if isinstance(drop_path, (int, float)) else drop_path
+        self.units = nn.ModuleList([
+            UpdateUnit(
+                channels,
+                channels // num_segments,
+                expansion,
+                num_blocks,
+                shortcut,
+                dilation,
+                # Without the residual a dropped unit would blank its channels.
+                drop_path=rate if residual else 0.,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                device=device,
+                dtype=dtype,
+            )
+            for rate in rates
+        ])
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, num_segments={self.num_segments}, residual={self.residual}, ordered={self.ordered}'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (N, channels, H, W) to (N, channels, H, W); the input is not changed.
+
+        Raises:
+            RuntimeError: A backend forced by `set_backend` cannot run here.
+        """
+        if not torch.jit.is_scripting():
+            if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+                # Else each unit would keep its own low-precision copy of the whole state.
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            backend = self._choose_backend(x)
+            if backend == 'gradual':
+                return gradual_update(x, self.units, self.residual, self.ordered)
+            if backend == 'in_place':
+                return update_in_place(x, self.units, self.residual, self.ordered)
+        return self._forward_plain(x)
+
+    def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:
+        segments = list(x.chunk(self.num_segments, dim=1))
+        outs = list(segments)
+        for i, unit in enumerate(self.units):
+            state = torch.cat(outs, dim=1) if self.ordered and i > 0 else x
+            out = unit(state)
+            outs[i] = segments[i] + out if self.residual else out
+        return torch.cat(outs, dim=1)
+
+    @torch.jit.unused
+    def _choose_backend(self, x: torch.Tensor) -> str:
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            best, reason = 'plain', 'the layer is being traced, exported or compiled'
+        elif x.device.type == 'meta' or not x.numel():
+            best, reason = 'plain', 'the input has no memory'
+        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            best, reason = 'gradual', 'a gradient is wanted'
+            # Differentiating unit by unit hands a parameter's hooks its gradient once more than the engine does.
+            if any(p._backward_hooks for p in self.parameters()):
+                best, reason = 'plain', 'a parameter has gradient hooks'
+        else:
+            best, reason = 'in_place', 'no gradient is wanted'
+        if self.backend not in ('auto', 'plain', best):
+            raise RuntimeError(f"Backend '{self.backend}' cannot run here: {reason}. Use 'plain' or 'auto'.")
+        return best if self.backend == 'auto' else self.backend
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Fix how every GunnLayer of a model runs; the result is the same each way, time and memory are not.
+
+    Args:
+        model: Module to search for layers.
+        backend: 'auto' (the best that can run), 'plain', 'in_place' or 'gradual'.
+
+    Raises:
+        ValueError: `backend` is none of these.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got '{backend}'.")
+    for module in model.modules():
+        if isinstance(module, GunnLayer):
+            module.backend = backend

@@ -75,7 +75,8 @@ class _PointwiseConv(torch.autograd.Function):
                 grad_x.flatten(2).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
             grad_weight = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
-            grad_weight = grad_weight.view_as(weight).to(weight.dtype)
+            # DDP wants a gradient strided like its parameter; of a 1x1 kernel all dense layouts are one.
+            grad_weight = grad_weight.to(weight.dtype).contiguous().as_strided(weight.size(), weight.stride())
         return None, grad_weight, None
 
 

@@ -1,0 +1,45 @@
+"""Run a script of timm's, unchanged, with the models of this package registered."""
+import functools
+import runpy
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+from timm.task import ClassificationTask
+
+__all__ = ['run_script']
+
+
+def _allow_distributed_on_cpu() -> None:
+    """Let timm's train.py run distributed without a GPU: it names a device to DDP, which takes none for the CPU."""
+    prepare = ClassificationTask.prepare_distributed
+
+    @functools.wraps(prepare)
+    def prepare_distributed(self: ClassificationTask, device_ids: Any = None, **kwargs: Any) -> ClassificationTask:
+        if all(p.device.type == 'cpu' for p in self.parameters()):
+            device_ids = None
+        return prepare(self, device_ids=device_ids, **kwargs)
+
+    ClassificationTask.prepare_distributed = prepare_distributed
+
+
+def run_script(script: str, args: Sequence[str]) -> None:
+    """Run a Python script as `python SCRIPT ARGS...` would, in this process, where the models are registered already.
+
+    The script's folder goes last on the module path, not first: it may be a checkout of timm, whose `timm` folder must
+    not come before the installed one. What the script raises, its SystemExit included, passes through.
+
+    Args:
+        script: Path of the script.
+        args: Its arguments.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise FileNotFoundError(f"No script '{script}'; give the path of a Python file, such as timm's train.py.")
+    _allow_distributed_on_cpu()
+    sys.argv = [script, *args]
+    sys.path.append(str(path.resolve().parent))
+    runpy.run_path(str(path), run_name='__main__')

@@ -1,9 +1,104 @@
+"""The command line: `python -m gunn_timm`."""
 import argparse
+import json
+import sys
+from typing import List, Optional, Sequence
+
+from .inference import create_model, predict, read_image
 from .launch import run_script
-def main(argv=None):
-    p = argparse.ArgumentParser(prog='python -m gunn_timm')
-    sub = p.add_subparsers(dest='command', required=True)
-    r = sub.add_parser('run'); r.add_argument('script'); r.add_argument('args', nargs=argparse.REMAINDER)
-    a = p.parse_args(argv)
-    run_script(a.script, a.args)
+from .weights import model_infos, weights_records
+
+__all__ = ['main', 'models_table']
+
+_COLUMNS = ('model', 'params (M)', 'GMACs', 'input', 'dataset', 'paper top-1 err', 'our top-1 err', 'weights')
+
+
+def _model_rows() -> List[List[str]]:
+    rows = []
+    for info in model_infos().values():
+        record = weights_records().get(info.name)
+        rows.append([
+            info.name,
+            f'{info.parameters / 1e6:.2f}',
+            f'{info.gmacs:.2f}',
+            'x'.join(map(str, info.input_size[1:])),
+            record.dataset['name'] if record else info.dataset,
+            '-' if info.paper_top1_err is None else f'{info.paper_top1_err:.2f}',
+            f"{100 - record.metrics['top1']:.2f}" if record else '-',
+            'yes' if record else 'no',
+        ])
+    return rows
+
+
+def models_table() -> str:
+    """Return the models, tags and figures as a Markdown table."""
+    rows = [list(_COLUMNS), ['---'] * len(_COLUMNS), *_model_rows()]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+def _list(args: argparse.Namespace) -> None:
+    if args.markdown:
+        print(models_table())
+        return
+    rows = [list(_COLUMNS), *_model_rows()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _predict(args: argparse.Namespace) -> None:
+    images = [read_image(path) for path in args.images]
+    results = predict(create_model(args.model, pretrained=True), images, args.topk)
+    if args.json:
+        print(json.dumps([dict(image=path, predictions=top) for path, top in zip(args.images, results)], indent=2))
+        return
+    for path, top in zip(args.images, results):
+        print(path)
+        for entry in top:
+            print(f"  {entry['probability']:6.1%}  {entry['label']}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='python -m gunn_timm', description='GUNN models for timm.')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    command = commands.add_parser('predict', help='name what is in pictures')
+    command.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
+    command.add_argument('--model', default='gunn15', help="model with weights, as timm names it (default: 'gunn15')")
+    command.add_argument('--topk', type=int, default=5, metavar='K', help='classes to print (default: 5)')
+    command.add_argument('--json', action='store_true', help='print JSON')
+    command.set_defaults(function=_predict)
+
+    command = commands.add_parser('list', help='list the models and tags, and which have weights')
+    command.add_argument('--markdown', action='store_true', help="print the README's table")
+    command.set_defaults(function=_list)
+
+    command = commands.add_parser(
+        'run', help="run one of timm's scripts, train.py say, with the models registered",
+        description="Also distributed: torchrun --nproc_per_node 2 -m gunn_timm run train.py ...")
+    command.add_argument('script', metavar='SCRIPT', help='path of the script')
+    command.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
+    command.set_defaults(function=None)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 2 where the input is at fault, after one line on stderr. `run` exits as its script does.
+    """
+    args = _parser().parse_args(argv)
+    if args.command == 'run':
+        # Not inside the try: a script's own errors are its own.
+        run_script(args.script, args.args)
+        return 0
+    try:
+        args.function(args)
+    except (OSError, RuntimeError, ValueError) as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
     return 0

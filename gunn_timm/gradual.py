@@ -1,9 +1,9 @@
 """Algorithm 1 of the GUNN paper: a gradually updated layer that trains in the memory of an unordered one.
 
-A gradually updated layer feeds every update unit the state left by the units before it. Left to autograd, each of the P
-units keeps its own copy of that state for backward, P times N channels in all. The states differ from each other only in
-which segments are updated already, so the layer's input and output hold all of them: `gradual_update` saves those two and
-puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice.
+A gradually updated layer feeds every update unit the state left by the units before it. Left to autograd, each of the
+P units keeps its own copy of that state for backward, P times N channels in all. The states differ from each other only
+in which segments are updated already, so the layer's input and output hold all of them: `gradual_update` saves those
+two and puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice.
 
 The P gradients of the state are as large as the state itself. Pointwise convolutions of the state, which is how a unit
 of the paper reads it, add theirs to one buffer inside their matrix product, so none of them is ever written out.
@@ -95,7 +95,13 @@ class _StateView(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
-def _call_unit(unit: nn.Module, index: int, x: torch.Tensor, state: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def _call_unit(
+        unit: nn.Module,
+        index: int,
+        x: torch.Tensor,
+        state: torch.Tensor,
+        segment: torch.Tensor,
+) -> torch.Tensor:
     version = None if state.is_inference() else state._version
     out = unit(x)
     if out.shape != segment.shape:

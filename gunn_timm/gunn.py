@@ -3,8 +3,8 @@
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 (Siyuan Qiao, Zhishuai Zhang, Wei Shen, Bo Wang, Alan Yuille, ICML 2018)
 
-Written from the paper. What it leaves open (the projection in the CIFAR units, the stems and transitions, the init) follows
-the authors' Torch7 code, https://github.com/joe-siyuan-qiao/GUNN (BSD); no code was taken from there.
+Written from the paper. What it leaves open (the projection in the CIFAR units, the stems and transitions, the init)
+follows the authors' Torch7 code, https://github.com/joe-siyuan-qiao/GUNN (BSD); no code was taken from there.
 
 The number in a name is the paper's: it counts each GUNN layer as one block of four convolutions for the CIFAR networks
 (three for ImageNet), though a gradual layer is in effect as deep as it has segments.
@@ -13,14 +13,23 @@ from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, named_apply, \
-    register_model
-from timm.models._features import feature_take_indices
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    checkpoint,
+    checkpoint_seq,
+    generate_default_cfgs,
+    named_apply,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
 
+from ._timm import feature_take_indices
 from .layers import ConvNormAct, GunnLayer
+from .weights import available_weights, pretrained_source, verify, weights_records
 
 __all__ = ['Gunn']
 
@@ -382,20 +391,22 @@ def _cifar100_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'gunn15.cifar10': _cifar10_cfg(),
-    'gunn15.cifar100': _cifar100_cfg(),
-    'gunn24.cifar10': _cifar10_cfg(),
-    'gunn24.cifar100': _cifar100_cfg(),
-    'sunn15.cifar10': _cifar10_cfg(),
-    'sunn15.cifar100': _cifar100_cfg(),
-    'sunn24.cifar10': _cifar10_cfg(),
-    'sunn24.cifar100': _cifar100_cfg(),
-    'gunn15_nores.cifar10': _cifar10_cfg(),
-    'gunn15_nores.cifar100': _cifar100_cfg(),
-    'gunn18.in1k': _cfg(),
-    'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0),
-    'wide_gunn18.in1k': _cfg(),
-    'sunn18.in1k': _cfg(),
+    name: {**cfg, **pretrained_source(name)} for name, cfg in {
+        'gunn15.cifar10': _cifar10_cfg(),
+        'gunn15.cifar100': _cifar100_cfg(),
+        'gunn24.cifar10': _cifar10_cfg(),
+        'gunn24.cifar100': _cifar100_cfg(),
+        'gunn18.in1k': _cfg(),
+        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0),
+        'wide_gunn18.in1k': _cfg(),
+        'sunn15.cifar10': _cifar10_cfg(),
+        'sunn15.cifar100': _cifar100_cfg(),
+        'sunn24.cifar10': _cifar10_cfg(),
+        'sunn24.cifar100': _cifar100_cfg(),
+        'sunn18.in1k': _cfg(),
+        'gunn15_nores.cifar10': _cifar10_cfg(),
+        'gunn15_nores.cifar100': _cifar100_cfg(),
+    }.items()
 })
 
 _GUNN15 = dict(layout='cifar', channels=(240, 300, 360), segments=(20, 25, 30))
@@ -404,12 +415,32 @@ _GUNN18 = dict(layout='imagenet', channels=(400, 800, 1600, 2000), segments=(10,
 _WIDE_GUNN18 = dict(layout='imagenet', channels=(1200, 1600, 2000, 2000), segments=(30, 40, 50, 50))
 
 
+def _check_weights(
+        variant: str,
+        pretrained_cfg: Union[str, Dict[str, Any], PretrainedCfg, None] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+) -> None:
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = pretrained_cfg.to_dict()
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    if not cfg.has_weights and not cfg.state_dict:
+        raise RuntimeError(
+            f"No pretrained weights exist for {'.'.join(filter(None, (variant, cfg.tag)))}. Weights exist for: "
+            f'{available_weights()}. Use `pretrained=False` for random init.')
+    for record in weights_records().values():
+        if cfg.file == str(record.path):
+            verify(record)
+
+
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
+    if pretrained:
+        _check_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    num_maps = len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')
     return build_model_with_cfg(
         Gunn,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2) if kwargs['layout'] == 'cifar' else (0, 1, 2, 3, 4), flatten_sequential=True),
+        feature_cfg=dict(out_indices=tuple(range(num_maps)), flatten_sequential=True),
         **kwargs,
     )
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
-from timm.task import ClassificationTask
+from ._timm import ClassificationTask
 
 __all__ = ['run_script']
 

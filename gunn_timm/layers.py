@@ -5,9 +5,9 @@ Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - h
 from typing import Sequence, Union
 
 import torch
-from torch import nn
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_notrace_module
+from torch import nn
 
 from .gradual import gradual_update, update_in_place
 
@@ -19,8 +19,8 @@ BACKENDS = ('auto', 'plain', 'in_place', 'gradual')
 class ConvNormAct(nn.Module):
     """Convolution without bias, norm, activation.
 
-    The norm is a module of its own, not timm's fused BatchNormAct2d, so that tools that look for BatchNorm2d and replace
-    it, SyncBatchNorm conversion among them, keep the activation.
+    The norm is a module of its own, not timm's fused BatchNormAct2d, so that tools that look for BatchNorm2d and
+    replace it, SyncBatchNorm conversion among them, keep the activation.
 
     Args:
         in_chs: Input channels.
@@ -150,8 +150,8 @@ class GunnLayer(nn.Module):
     """A convolutional layer whose channels are updated segment by segment (paper section 3, Algorithm 1).
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
-    There are three ways to run that, all with the same result: concatenating before every unit (what tracing, scripting,
-    exporting and compiling see), updating one state in place (no gradient wanted), and Algorithm 1 (training).
+    There are three ways to run that, all with the same result: concatenating before every unit (what tracing,
+    scripting, exporting and compiling see), updating one state in place (no gradient wanted), and Algorithm 1.
 
     Args:
         channels: Channels of the layer, N of the paper.
@@ -227,9 +227,14 @@ class GunnLayer(nn.Module):
             RuntimeError: A backend forced by `set_backend` cannot run here.
         """
         if not torch.jit.is_scripting():
-            if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            device_type = x.device.type
+            if (
+                    x.dtype == torch.float32
+                    and torch.amp.is_autocast_available(device_type)
+                    and torch.is_autocast_enabled(device_type)
+            ):
                 # Else each unit would keep its own low-precision copy of the whole state.
-                x = x.to(torch.get_autocast_dtype(x.device.type))
+                x = x.to(torch.get_autocast_dtype(device_type))
             backend = self._choose_backend(x)
             if backend == 'gradual':
                 return gradual_update(x, self.units, self.residual, self.ordered)

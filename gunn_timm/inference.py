@@ -1,0 +1,90 @@
+"""From the name of a model and the paths of images to class names with probabilities."""
+import difflib
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Union
+
+import timm
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_model_data_config
+
+__all__ = ['create_model', 'predict', 'read_image']
+
+
+def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
+    """`timm.create_model` that offers the nearest names where a name is unknown.
+
+    Args:
+        name: As timm takes it: a registered name with or without tag, or 'hf-hub:...' or 'local-dir:...'.
+        kwargs: Passed on.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        ValueError: No model or tag of that name is registered.
+        RuntimeError: Weights are asked for that do not exist.
+    """
+    source, _ = timm.models.parse_model_name(name)
+    if source is None:
+        names = timm.list_models() + timm.list_models(include_tags=True)
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=3)
+            raise ValueError(f"No model '{name}'" + (f"; nearest: {', '.join(nearest)}." if nearest else '.'))
+    return timm.create_model(name, **kwargs).eval()
+
+
+def read_image(path: Union[str, Path]) -> Image.Image:
+    """Read an image file as RGB, upright, transparency on white.
+
+    Args:
+        path: File in any format that Pillow reads; 16-bit greyscale keeps its whole range.
+
+    Returns:
+        Image in mode RGB.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no image, or only part of one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No image '{path}'.")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            image.load()
+    except Exception as e:  # Pillow's decoders raise what they like
+        raise ValueError(f"'{path}' is not an image that can be read ({e}).") from e
+    if image.mode.startswith('I'):
+        # Pillow would clip 16 bits to 8 instead of scaling.
+        image = image.convert('I').point(lambda value: value / 257).convert('L')
+    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+@torch.inference_mode()
+def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: int = 5) -> List[List[Dict[str, Any]]]:
+    """Classify images.
+
+    Args:
+        model: Model in eval mode, from timm.
+        images: Images in mode RGB, of any sizes.
+        topk: Classes to return for each.
+
+    Returns:
+        For each image the likeliest classes, first the likeliest: index, label and probability.
+
+    Raises:
+        ValueError: The model has no classifier, or `topk` is below 1 or above the number of classes.
+    """
+    if not 1 <= topk <= model.num_classes:
+        raise ValueError(f'topk must be from 1 to the number of classes, {model.num_classes}; got {topk}.')
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    labels = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
+    probabilities = model(torch.stack([transform(image) for image in images])).softmax(dim=1)
+    return [
+        [dict(index=i, label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
+        for top in (row.topk(topk) for row in probabilities)
+    ]

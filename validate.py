@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Measure the top-1 and top-5 accuracy of a model on a dataset, and compare it with the record of its weights.
+
+    python validate.py --model gunn15 --data-dir DIR --split test
+    python validate.py --model gunn15 --data-dir DIR --dataset torch/cifar10 --split test --check
+    python validate.py --model gunn15 --checkpoint output/model_best.pth.tar --data-dir DIR --split test
+
+Takes any model registered in timm. Datasets, transforms and loaders are timm's; so are the keys of the result.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.utils import AverageMeter, accuracy, check_batch_size_retry, decay_batch_step
+from tqdm import tqdm
+
+import gunn_timm  # noqa: F401
+from gunn_timm.inference import create_model
+from gunn_timm.weights import load_checkpoint, weights_records
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    data = parser.add_argument_group('data')
+    data.add_argument('--data-dir', required=True, metavar='DIR', help='folder or tar file of the dataset')
+    data.add_argument('--dataset', default='', metavar='NAME', help="type and name, 'torch/cifar10' say; else images")
+    data.add_argument('--split', default='validation', metavar='NAME', help='split (default: validation)')
+    data.add_argument('--dataset-download', action='store_true', help='let a torch/ dataset download itself')
+    data.add_argument('--workers', '-j', type=int, default=2, metavar='N', help='loader processes (default: 2)')
+    data.add_argument('--batch-size', '-b', type=int, default=256, metavar='N',
+                      help='batch size to begin with; made smaller when memory runs out (default: 256)')
+    data.add_argument('--img-size', type=int, metavar='N', help="image size (default: the model's)")
+    data.add_argument('--crop-pct', type=float, metavar='X', help="share of the image to crop (default: the model's)")
+    data.add_argument('--interpolation', default='', metavar='NAME', help="resizing (default: the model's)")
+    model = parser.add_argument_group('model')
+    model.add_argument('--model', default='gunn15', metavar='NAME', help="model, as timm names it (default: 'gunn15')")
+    model.add_argument('--checkpoint', default='', metavar='FILE', help='evaluate these, not the published weights')
+    model.add_argument('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
+    run = parser.add_argument_group('run')
+    run.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
+    run.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')
+    run.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
+    run.add_argument('--channels-last', action='store_true', help='use the channels_last memory format')
+    run.add_argument('--results-file', default='', metavar='FILE', help='write the result there too')
+    run.add_argument('--results-format', default='csv', choices=('csv', 'json'))
+    run.add_argument('--check', action='store_true', help='exit with 1 if top-1 is off the record by over --tolerance')
+    run.add_argument('--tolerance', type=float, default=0.01, metavar='POINTS',
+                     help='percentage points that --check lets pass (default: 0.01)')
+    return parser
+
+
+def _create_dataset(args: argparse.Namespace, num_classes: int) -> Any:
+    root = Path(args.data_dir)
+    if not root.exists():
+        raise FileNotFoundError(f"No data at '{root}'.")
+    if not args.dataset and root.is_dir() and not (root / args.split).is_dir():
+        # timm would go on with every image below the folder, whatever its split.
+        found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'none'
+        raise ValueError(f"'{root}' has no folder for the split '{args.split}'; folders there: {found}.")
+    dataset = create_dataset(
+        args.dataset, root=str(root), split=args.split, download=args.dataset_download or None)
+    classes = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if classes and len(classes) != num_classes:
+        raise ValueError(
+            f"The data has {len(classes)} classes and {args.model} has {num_classes}; give data of its classes, or "
+            '--num-classes and --checkpoint.')
+    return dataset
+
+
+@torch.inference_mode()
+def _evaluate(
+        model: torch.nn.Module,
+        dataset: Any,
+        data_config: Dict[str, Any],
+        batch_size: int,
+        args: argparse.Namespace,
+) -> Dict[str, float]:
+    device = torch.device(args.device)
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=batch_size,
+        is_training=False,
+        use_prefetcher=device.type == 'cuda',
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        num_workers=args.workers,
+        device=device,
+    )
+    top1, top5 = AverageMeter(), AverageMeter()
+    topk = (1, min(5, model.num_classes))
+    for images, target in tqdm(loader, desc=args.model, unit='batch', disable=None):
+        images, target = images.to(device), target.to(device)
+        if args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
+            logits = model(images)
+        acc1, acc5 = accuracy(logits.float(), target, topk)
+        top1.update(acc1.item(), len(images))
+        top5.update(acc5.item(), len(images))
+    return dict(top1=top1.avg, top5=top5.avg, images=top1.count)
+
+
+def validate(args: argparse.Namespace) -> Dict[str, Any]:
+    """Evaluate the model that the arguments name.
+
+    Args:
+        args: Arguments of this script.
+
+    Returns:
+        Result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
+        crop_pct, interpolation; and the number of images.
+
+    Raises:
+        ValueError: The data, the checkpoint or the model's name is not what it should be.
+    """
+    kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
+    model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    data_config = resolve_data_config(
+        dict(img_size=args.img_size, crop_pct=args.crop_pct, interpolation=args.interpolation), model=model)
+    dataset = _create_dataset(args, model.num_classes)
+    model = model.to(
+        args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    batch_size = args.batch_size
+    while True:
+        try:
+            metrics = _evaluate(model, dataset, data_config, batch_size, args)
+            break
+        except RuntimeError as e:
+            smaller = decay_batch_step(batch_size)
+            if 'memory' not in str(e).lower() or not check_batch_size_retry(str(e)) or not smaller:
+                raise
+            print(f'batch size {batch_size} does not fit, trying {smaller}', file=sys.stderr)
+            batch_size = smaller
+    return dict(
+        model=args.model,
+        top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
+        top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
+        images=metrics['images'],
+        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+    )
+
+
+def _write_results(path: str, results_format: str, results: Dict[str, Any]) -> None:
+    text = io.StringIO()
+    if results_format == 'json':
+        json.dump([results], text, indent=4)
+    else:
+        writer = csv.DictWriter(text, fieldnames=results)
+        writer.writeheader()
+        writer.writerow(results)
+    temporary = f'{path}.tmp'
+    Path(temporary).write_text(text.getvalue())
+    os.replace(temporary, path)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the script.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        Exit code: 0; 1 if --check found another accuracy than the record's; 2 where the input is at fault, after one
+        line on stderr.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        record = None
+        if not args.checkpoint:
+            record = weights_records().get(args.model) or next(
+                (r for name, r in weights_records().items() if name.split('.')[0] == args.model), None)
+        if args.check and record is None:
+            raise ValueError(f"--check needs published weights, and '{args.model}' as given has no record.")
+        results = validate(args)
+        if args.results_file:
+            _write_results(args.results_file, args.results_format, results)
+    except (OSError, RuntimeError, ValueError) as e:
+        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
+    print(f'--result\n{json.dumps(results, indent=4)}')
+    if record is None:
+        return 0
+    off = results['top1'] - record.metrics['top1']
+    agrees = abs(off) <= args.tolerance
+    print(f"record of {record.name}: top-1 {record.metrics['top1']}, top-5 {record.metrics['top5']}; top-1 here is "
+          f"{off:+.4f} points off: {'agrees' if agrees else 'DOES NOT AGREE'} within {args.tolerance}")
+    return 1 if args.check and not agrees else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

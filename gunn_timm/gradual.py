@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 __all__ = ['gradual_update', 'update_in_place']
 
@@ -126,6 +127,7 @@ def _update_segment(segment: torch.Tensor, out: torch.Tensor, residual: bool) ->
         segment.copy_(out)
 
 
+@torch.no_grad()
 def update_in_place(
         x: torch.Tensor,
         units: Sequence[nn.Module],
@@ -171,7 +173,7 @@ class _GradualUpdate(torch.autograd.Function):
         unit_params = [list(unit.parameters()) for unit in units]
         needs_grad = ctx.needs_input_grad[0]
         leaves: List[torch.Tensor] = []
-        outs: List[Optional[torch.Tensor]] = []
+        edges: List[Optional[GradientEdge]] = []
         for index, (unit, segment, own_params) in enumerate(zip(units, _segments(y, len(units)), unit_params)):
             leaf = state.tensor.detach().requires_grad_(needs_grad)
             needs_out_grad = needs_grad or any(p.requires_grad for p in own_params)
@@ -181,13 +183,14 @@ class _GradualUpdate(torch.autograd.Function):
                 view.leaf, view.state = leaf, state
                 out = _call_unit(unit, index, view, state.tensor, segment)
             leaves.append(leaf)
-            outs.append(out if needs_out_grad else None)
+            # Not the output itself, whose values are in the state by now.
+            edges.append(get_gradient_edge(out) if needs_out_grad else None)
             _update_segment(segment, out.detach(), residual)
             needs_grad = needs_out_grad if ordered else needs_grad
         # The state is x and y from here on: these are watched for changes by the engine and freed by it.
         state.tensor = None
         ctx.save_for_backward(x, y if ordered else None)
-        ctx.state, ctx.leaves, ctx.outs, ctx.unit_params, ctx.residual = state, leaves, outs, unit_params, residual
+        ctx.state, ctx.leaves, ctx.edges, ctx.unit_params, ctx.residual = state, leaves, edges, unit_params, residual
         return y
 
     @staticmethod
@@ -199,27 +202,29 @@ class _GradualUpdate(torch.autograd.Function):
         state.tensor = y.clone() if ordered else x
         # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
         grad = torch.empty_like(x).copy_(grad_y)
-        out_grads = _segments(grad if ordered else grad.clone(), len(ctx.outs))
-        old = _segments(x, len(ctx.outs))
-        restored = _segments(state.tensor, len(ctx.outs))
+        out_grads = _segments(grad if ordered else grad.clone(), len(ctx.edges))
+        old = _segments(x, len(ctx.edges))
+        restored = _segments(state.tensor, len(ctx.edges))
         state.grad = grad
         if not ctx.residual and not ordered:
             grad.zero_()
+        retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         param_grads: List[Optional[torch.Tensor]] = []
-        for index in reversed(range(len(ctx.outs))):
-            out, leaf, params = ctx.outs[index], ctx.leaves[index], ctx.unit_params[index]
+        for index in reversed(range(len(ctx.edges))):
+            edge, leaf, params = ctx.edges[index], ctx.leaves[index], ctx.unit_params[index]
             if ordered:
                 restored[index].copy_(old[index])
-            if out is None:
+            if edge is None:
                 param_grads[:0] = [None] * len(params)
                 continue
             # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
             out_grad = out_grads[index].clone(
-                memory_format=torch.channels_last if _is_channels_last(out) else torch.contiguous_format)
+                memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
             if not ctx.residual and ordered:
                 out_grads[index].zero_()
             wanted = [t for t in (leaf, *params) if t.requires_grad]
-            found = dict(zip(map(id, wanted), torch.autograd.grad(out, wanted, out_grad, allow_unused=True)))
+            grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
+            found = dict(zip(map(id, wanted), grads))
             if found.get(id(leaf)) is not None:
                 grad.add_(found[id(leaf)])
             param_grads[:0] = [found.get(id(p)) for p in params]

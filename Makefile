@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# timm's own tests come with its source release, not with its wheel.
+TIMM_SOURCE := $(VENV)/timm-source
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/installed
+	$(BIN)/python -m gunn_timm predict assets/cat.jpg
+
+test: lint $(TIMM_SOURCE)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
+
+test-slow: $(TIMM_SOURCE)
+	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) --all
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(TIMM_SOURCE): $(VENV)/installed-test
+	rm -rf $@.part
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-binary :all: --no-deps --dest $@.part \
+		timm==$$($(BIN)/python -c 'import timm; print(timm.__version__)')
+	tar -xzf $@.part/timm-*.tar.gz --strip-components 1 -C $@.part
+	rm -rf $@ && mv $@.part $@

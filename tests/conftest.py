@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import pytest
+import timm
+import torch
+
+import gunn_timm  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+# One of each kind that the entry points are made of, small enough to compile and export in seconds.
+TINY: Dict[str, Dict[str, Any]] = {
+    'gunn15': dict(channels=(8, 12, 16), segments=(2, 3, 4)),
+    'gunn24': dict(channels=(8, 12, 16), segments=(2, 3, 4)),
+    'gunn18': dict(channels=(8, 12, 16, 20), segments=(2, 3, 4, 5)),
+    'sunn15': dict(channels=(8, 12, 16), segments=(2, 3, 4)),
+    'sunn18': dict(channels=(8, 12, 16, 20), segments=(2, 3, 4, 5)),
+    'gunn15_nores': dict(channels=(8, 12, 16), segments=(2, 3, 4)),
+}
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Give the norms weights, biases and statistics that are not the ones they start with."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor, low, high in (
+                        (module.weight, 0.5, 1.5), (module.bias, -0.5, 0.5),
+                        (module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 1.5)):
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+    return model
+
+
+def create_tiny(name: str, **kwargs: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return randomize(timm.create_model(name, **{**TINY[name], 'num_classes': 7, **kwargs}))
+
+
+def images(model: torch.nn.Module, batch: int = 2, size: Any = None) -> torch.Tensor:
+    size = size or (64 if 'pool' in dict(model.stem.named_children()) else 16)
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, model.in_chans, height, width, generator=torch.Generator().manual_seed(2))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Distance of a from b, as a share of b."""
+    difference = (a.double() - b.double()).norm().item()
+    return difference / b.double().norm().item() if difference else 0.
+
+
+@pytest.fixture(params=TINY)
+def tiny_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def run() -> Callable[..., 'subprocess.CompletedProcess[str]']:
+    """Run Python in a process of its own, from the folder of the project."""
+    def run(*args: Any, **kwargs: Any) -> 'subprocess.CompletedProcess[str]':
+        env = dict(os.environ, OMP_NUM_THREADS='1', **kwargs.pop('env', {}))
+        return subprocess.run(
+            [sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=300,
+            **{'cwd': ROOT, **kwargs})
+    return run

@@ -1,0 +1,35 @@
+"""Run timm's own tests/test_models.py, unchanged, over the models of this package.
+
+    python tests/run_timm_tests.py TIMM_SOURCE [--all]
+
+Without --all the wide models, and the ones that differ from another in one flag, take only the tests that build no
+weights; the rest of theirs takes an hour on two cores.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIGS = 'test_model_default_cfgs'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('source', type=Path, help="timm's source release, unpacked")
+    parser.add_argument('--all', action='store_true', help='every test over every model')
+    args = parser.parse_args()
+    here = Path(__file__).parent
+    selection = 'gunn or sunn' if args.all else f'(gunn or sunn) and ({CONFIGS}) or gunn15 and not nores'
+    command = [
+        sys.executable, '-m', 'pytest', '-q', '-n', '2', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-W', 'ignore',
+        'tests/test_models.py', '-k', selection, '--durations', '10',
+    ]
+    path = os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))
+    # One thread a process: two processes share the cores.
+    env = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1')
+    return subprocess.run(command, cwd=args.source, env=env).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

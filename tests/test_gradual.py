@@ -1,0 +1,292 @@
+"""Algorithm 1 and the in-place way equal concatenation, and Algorithm 1 needs less memory."""
+import copy
+
+import pytest
+import torch
+from conftest import randomize, relative
+from torch import nn
+
+from gunn_timm.gradual import gradual_update, update_in_place
+from gunn_timm.layers import GunnLayer, set_backend
+
+VARIANTS = {
+    'imagenet': dict(),
+    'cifar': dict(shortcut=True),
+    'two_blocks': dict(shortcut=True, num_blocks=2),
+    'nores': dict(shortcut=True, residual=False),
+    'sunn': dict(shortcut=True, ordered=False),
+    'sunn_nores': dict(ordered=False, residual=False),
+    'drop_path': dict(shortcut=True, drop_path=0.5),
+    'one_segment': dict(num_segments=1),
+    'dilated': dict(dilation=2),
+}
+FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+
+
+def make_layer(variant: str, dtype: torch.dtype = torch.double) -> GunnLayer:
+    torch.manual_seed(0)
+    return randomize(GunnLayer(**{'channels': 12, 'num_segments': 3, **VARIANTS[variant]})).to(dtype)
+
+
+def make_input(memory_format: str = 'contiguous', dtype: torch.dtype = torch.double) -> torch.Tensor:
+    x = torch.randn(3, 12, 5, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return x.contiguous(memory_format=FORMATS[memory_format])
+
+
+def twins(variant: str, dtype: torch.dtype = torch.double):
+    """The same layer twice, run by Algorithm 1 and by concatenation."""
+    gradual = make_layer(variant, dtype)
+    plain = copy.deepcopy(gradual)
+    set_backend(gradual, 'gradual')
+    set_backend(plain, 'plain')
+    return gradual, plain
+
+
+def assert_same_state(a: nn.Module, b: nn.Module, tolerance: float) -> None:
+    expected = b.state_dict()
+    for key, value in a.state_dict().items():
+        assert relative(value, expected[key]) <= tolerance, key
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_equals_concatenation(variant, memory_format):
+    gradual, plain = twins(variant)
+    x, x_plain = (make_input(memory_format).requires_grad_() for _ in range(2))
+    torch.manual_seed(3)
+    y = gradual(x)
+    torch.manual_seed(3)
+    y_plain = plain(x_plain)
+    assert type(y) is torch.Tensor
+    assert relative(y, y_plain) <= 1e-14
+    grad = torch.randn(y.shape, dtype=y.dtype)
+    y.backward(grad)
+    y_plain.backward(grad)
+    assert relative(x.grad, x_plain.grad) <= 1e-13
+    for (name, p), q in zip(gradual.named_parameters(), plain.parameters()):
+        assert relative(p.grad, q.grad) <= 1e-13, name
+        assert p.grad.stride() == p.stride(), name
+    assert_same_state(gradual, plain, 1e-14)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_in_place_equals_concatenation(variant):
+    gradual, plain = twins(variant)
+    x = make_input()
+    before = x.clone()
+    set_backend(gradual, 'in_place')
+    for training in (True, False):
+        with torch.no_grad():
+            torch.manual_seed(3)
+            y = gradual.train(training)(x)
+            torch.manual_seed(3)
+            assert relative(y, plain.train(training)(x)) <= 1e-14
+    with torch.inference_mode():
+        assert relative(gradual(x), plain(x)) <= 1e-14
+    assert torch.equal(x, before)
+    assert_same_state(gradual, plain, 1e-14)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_three_optimiser_steps_equal_concatenation(variant):
+    gradual, plain = twins(variant)
+    for layer in (gradual, plain):
+        torch.manual_seed(5)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(make_input()).square().mean().backward()
+            optimizer.step()
+    assert_same_state(gradual, plain, 1e-12)
+    assert all(b == 3 for n, b in gradual.named_buffers() if n.endswith('num_batches_tracked'))
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('variant', [v for v in VARIANTS if v != 'drop_path'])
+def test_gradcheck(variant, training):
+    layer = make_layer(variant).train(training)
+    # Seldom-met kinks of ReLU would spoil finite differences.
+    for module in layer.modules():
+        if isinstance(module, nn.ReLU):
+            module.forward = nn.functional.softplus
+    set_backend(layer, 'gradual')
+    x = make_input()[:2, :, :3, :2].clone().requires_grad_()
+    parameters = [p for n, p in layer.named_parameters() if n.startswith('units.0')]
+
+    def function(x, *_):
+        return layer(x)
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize('input_grad', [True, False])
+@pytest.mark.parametrize('frozen', ['units.0', 'units.1', 'units.0 units.1', 'units.2', 'all but bn', 'all'])
+def test_frozen_parameters(frozen, input_grad):
+    gradual, plain = twins('cifar')
+    for layer in (gradual, plain):
+        for name, p in layer.named_parameters():
+            if frozen == 'all' or (frozen == 'all but bn' and 'bn' not in name) or name[:7] in frozen.split():
+                p.requires_grad_(False)
+    if frozen == 'all' and not input_grad:
+        with pytest.raises(RuntimeError, match="Backend 'gradual' cannot run here: no gradient is wanted"):
+            gradual(make_input())
+        return
+    inputs = [make_input().requires_grad_(input_grad) for _ in range(2)]
+    for layer, x in zip((gradual, plain), inputs):
+        layer(x).square().sum().backward()
+    for (name, p), q in zip(gradual.named_parameters(), plain.parameters()):
+        assert (p.grad is None) is (q.grad is None) is (not p.requires_grad), name
+        if p.requires_grad:
+            assert relative(p.grad, q.grad) <= 1e-13, name
+    if input_grad:
+        assert relative(inputs[0].grad, inputs[1].grad) <= 1e-13
+
+
+def test_autograd_grad_and_accumulation():
+    gradual, plain = twins('cifar')
+    grads = []
+    for layer in (gradual, plain):
+        x = make_input().requires_grad_()
+        weight = layer.units[1].blocks[0].conv2.conv.weight
+        grads.append(torch.autograd.grad(layer(x).square().sum(), [x, weight]))
+        for _ in range(2):
+            layer(x).square().sum().backward()
+    for a, b in zip(*grads):
+        assert relative(a, b) <= 1e-13
+    for p, q in zip(gradual.parameters(), plain.parameters()):
+        assert relative(p.grad, q.grad) <= 1e-13
+
+
+def test_retain_graph():
+    layer, _ = twins('cifar')
+    x = make_input().requires_grad_()
+    loss = layer(x).square().sum()
+    first, = torch.autograd.grad(loss, x, retain_graph=True)
+    second, = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_autocast_is_no_further_off_than_concatenation(memory_format):
+    gradual, plain = twins('cifar', torch.float)
+    exact = copy.deepcopy(plain).double()
+    errors = {}
+    x, grad = make_input(memory_format, torch.float), torch.randn(3, 12, 5, 4)
+    x_exact = x.double().requires_grad_()
+    y_exact = exact(x_exact)
+    y_exact.backward(grad.double())
+    for name, layer in (('gradual', gradual), ('plain', plain)):
+        x_low = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = layer(x_low)
+        assert y.dtype == torch.bfloat16
+        y.backward(grad.bfloat16())
+        pairs = [(y, y_exact), (x_low.grad, x_exact.grad)]
+        pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())]
+        errors[name] = torch.tensor([relative(a, b) for a, b in pairs])
+    # Both are roundings of the same sums: over all tensors neither may be further from the truth than the other by half.
+    assert errors['gradual'].mean() <= 1.5 * errors['plain'].mean()
+    assert errors['gradual'].max() <= 2 * errors['plain'].max()
+
+
+def held_bytes(num_segments: int, channels: int, backend: str) -> int:
+    """Bytes that a layer's forward leaves allocated, its output among them."""
+    layer = GunnLayer(channels, num_segments, shortcut=True)
+    set_backend(layer, backend)
+    x = torch.randn(4, channels, 16, 16, requires_grad=True)
+    layer(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        y = layer(x)
+    assert y.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+def test_memory_is_flat_in_segments_and_linear_in_channels():
+    state = 4 * 4 * 64 * 16 * 16  # bytes of one state of 64 channels
+    few, many = (held_bytes(p, 64, 'gradual') for p in (4, 16))
+    # The small change is one batch statistic more a unit.
+    assert abs(many - few) <= 0.02 * few
+    # Concatenation keeps a state a unit.
+    assert held_bytes(16, 64, 'plain') - held_bytes(4, 64, 'plain') >= 11 * state
+    # The units keep 10 values a channel (2, 2, 2, 2 and 1 of the block at K = 2, 1 of the shortcut), the output is one more.
+    assert 10 * state <= few <= 12 * state
+    assert held_bytes(8, 128, 'gradual') == pytest.approx(2 * held_bytes(8, 64, 'gradual'), rel=0.02)
+
+
+def test_gradient_hooks_of_parameters_run_once():
+    layer, plain = twins('cifar')
+    set_backend(layer, 'auto')
+    for twin in (layer, plain):
+        twin.units[0].blocks[0].conv1.conv.weight.register_hook(lambda grad: 2 * grad)
+        twin(make_input()).square().sum().backward()
+    for p, q in zip(layer.parameters(), plain.parameters()):
+        assert relative(p.grad, q.grad) <= 1e-13
+
+
+def test_errors_instead_of_wrong_gradients():
+    layer, _ = twins('cifar')
+    x = make_input().requires_grad_()
+    grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+    loss = layer(x).square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match='second time'):
+        loss.backward()
+    y = layer(x)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+    x = make_input().requires_grad_()
+    y = layer(x)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
+class Scale(nn.Module):
+    """A unit that is no convolution: it reads the state in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.double))
+
+    def forward(self, x):
+        return (x[:, :4].sin() + x[:, 4:8] * x.mean(dim=1, keepdim=True)) * self.weight
+
+
+def test_any_unit():
+    units = nn.ModuleList([Scale() for _ in range(3)])
+    x = make_input().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gradual_update(x, units), x)
+    with torch.no_grad():
+        assert torch.equal(update_in_place(x, units), gradual_update(x, units))
+
+
+class Wrong(nn.Module):
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize('update', [gradual_update, update_in_place])
+def test_bad_units(update):
+    x = make_input()
+    good = Scale()
+    with pytest.raises(ValueError, match=r'segment 1 returned shape \(3, 5, 5, 4\).* \(3, 4, 5, 4\)'):
+        update(x, [good, Wrong(lambda x: x[:, :5]), good])
+    with pytest.raises(ValueError, match='12 channels cannot be cut into 5 segments'):
+        update(x, [good] * 5)
+
+    def change(x):
+        x.detach().add_(1)
+        return x[:, :4] * 1.
+
+    with pytest.raises(ValueError, match='segment 2 changed its input in place'):
+        update(x, [good, good, Wrong(change)])

@@ -1,10 +1,10 @@
 """Entry points for torch.hub: `torch.hub.load(REPO, 'gunn15', pretrained=True)`."""
-from importlib.util import find_spec
+import importlib.util as _util
 
 dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'yaml']
 
 # torch.hub looks at `dependencies` only after this file was imported, too late to say what is missing.
-_missing = [name for name in dependencies if find_spec(name) is None]
+_missing = [name for name in dependencies if _util.find_spec(name) is None]
 if _missing:
     raise RuntimeError(f"gunn_timm needs packages that are not installed: {', '.join(_missing)}.")
 

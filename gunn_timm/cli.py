@@ -2,6 +2,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import List, Optional, Sequence
 
 from .inference import create_model, predict, read_image
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Also distributed: torchrun --nproc_per_node 2 -m gunn_timm run train.py ...")
     command.add_argument('script', metavar='SCRIPT', help='path of the script')
     command.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
-    command.set_defaults(function=None)
+    command.set_defaults(function=lambda args: run_script(args.script, args.args))
     return parser
 
 
@@ -92,7 +93,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit code: 0, or 2 where the input is at fault, after one line on stderr. `run` exits as its script does.
     """
     args = _parser().parse_args(argv)
-    if args.command == 'run':
+    if args.command == 'run' and Path(args.script).is_file():
         # Not inside the try: a script's own errors are its own.
         run_script(args.script, args.args)
         return 0

@@ -68,8 +68,10 @@ class GunnStage(nn.Module):
         if downsample:
             pool = nn.AvgPool2d(2) if stride == 2 else AvgPool2dSame(2, stride=1)
             conv = ConvNormAct(in_chs, out_chs, 1, **kwargs)
+            # The pool's name tells the order because TorchScript compiles Sequentials of the same names and types once,
+            # whatever their order.
             self.downsample = nn.Sequential(OrderedDict(
-                [('pool', pool), ('conv', conv)] if pool_first else [('conv', conv), ('pool', pool)]))
+                [('pre_pool', pool), ('conv', conv)] if pool_first else [('conv', conv), ('post_pool', pool)]))
         else:
             self.downsample = nn.Identity()
         self.layer = GunnLayer(out_chs, num_segments, dilation=dilation, **layer_kwargs, **kwargs)
@@ -447,47 +449,87 @@ def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 for 32x32 images (paper section 5.2, Table 1)."""
+    """GUNN-15 for 32x32 images: 1.6 M parameters (paper section 5.2, Table 1).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('gunn15', pretrained, **dict(_GUNN15, **kwargs))
 
 
 @register_model
 def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-24 for 32x32 images: wider than GUNN-15, with two blocks a unit (paper section 5.2)."""
+    """GUNN-24 for 32x32 images: 29.5 M parameters, two blocks a unit (paper section 5.2).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('gunn24', pretrained, **dict(_GUNN24, **kwargs))
 
 
 @register_model
 def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-18 for 224x224 images (paper section 5.3, Table 2)."""
+    """GUNN-18 for 224x224 images: 28.9 M parameters (paper section 5.3, Table 2).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('gunn18', pretrained, **dict(_GUNN18, **kwargs))
 
 
 @register_model
 def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """Wide GUNN-18 for 224x224 images (paper section 5.3, Table 2)."""
+    """Wide GUNN-18 for 224x224 images: 45.6 M parameters (paper section 5.3, Table 2).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('wide_gunn18', pretrained, **dict(_WIDE_GUNN18, **kwargs))
 
 
 @register_model
 def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-15: GUNN-15 with all segments updated at once, the paper's baseline (paper section 6.3)."""
+    """SUNN-15, the paper's baseline: GUNN-15 with all segments updated at once (paper section 6.3).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('sunn15', pretrained, **dict(_GUNN15, ordered=False, **kwargs))
 
 
 @register_model
 def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-24: GUNN-24 with all segments updated at once, the paper's baseline (paper section 6.3)."""
+    """SUNN-24, the paper's baseline: GUNN-24 with all segments updated at once (paper section 6.3).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('sunn24', pretrained, **dict(_GUNN24, ordered=False, **kwargs))
 
 
 @register_model
 def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-18: GUNN-18 with all segments updated at once, the paper's baseline (paper section 6.4)."""
+    """SUNN-18, the paper's baseline: GUNN-18 with all segments updated at once (paper section 6.4).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('sunn18', pretrained, **dict(_GUNN18, ordered=False, **kwargs))
 
 
 @register_model
 def gunn15_nores(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6.3, Table 5)."""
+    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6.3, Table 5).
+
+    Args:
+        pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
+        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
+    """
     return _create_gunn('gunn15_nores', pretrained, **dict(_GUNN15, residual=False, **kwargs))

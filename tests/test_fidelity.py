@@ -48,7 +48,11 @@ def test_equals_the_literal_network(name):
 
     assert relative(logits, expected) <= TOLERANCE
     assert relative(x_model.grad, x_reference.grad) <= TOLERANCE
+    largest = max(tensors[key].grad.norm().item() for key in parameters)
     for key, parameter in parameters.items():
-        assert relative(parameter.grad, tensors[key].grad) <= TOLERANCE, key
+        expected = tensors[key].grad
+        # A bias that a later norm takes out again has gradient 0, of which there is no share.
+        scale = max(expected.norm().item(), 1e-3 * largest)
+        assert (parameter.grad - expected).norm().item() <= TOLERANCE * scale, key
     for key, buffer in model.named_buffers():
         assert relative(buffer, tensors[key]) <= TOLERANCE, key

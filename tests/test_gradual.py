@@ -184,7 +184,7 @@ def test_autocast_is_no_further_off_than_concatenation(memory_format):
         pairs = [(y, y_exact), (x_low.grad, x_exact.grad)]
         pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())]
         errors[name] = torch.tensor([relative(a, b) for a, b in pairs])
-    # Both are roundings of the same sums: over all tensors neither may be further from the truth than the other by half.
+    # Both are roundings of the same sums, so neither may be much further from the truth than the other.
     assert errors['gradual'].mean() <= 1.5 * errors['plain'].mean()
     assert errors['gradual'].max() <= 2 * errors['plain'].max()
 
@@ -208,7 +208,7 @@ def test_memory_is_flat_in_segments_and_linear_in_channels():
     assert abs(many - few) <= 0.02 * few
     # Concatenation keeps a state a unit.
     assert held_bytes(16, 64, 'plain') - held_bytes(4, 64, 'plain') >= 11 * state
-    # The units keep 10 values a channel (2, 2, 2, 2 and 1 of the block at K = 2, 1 of the shortcut), the output is one more.
+    # The units keep 10 values a channel: 2, 2, 2, 2 and 1 in the block, for K = 2, and 1 in the shortcut.
     assert 10 * state <= few <= 12 * state
     assert held_bytes(8, 128, 'gradual') == pytest.approx(2 * held_bytes(8, 64, 'gradual'), rel=0.02)
 

@@ -1,0 +1,361 @@
+"""The models as timm's users meet them; timm's own tests, see run_timm_tests.py, cover what every timm model does."""
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from conftest import TINY, assert_same_gradients, create_tiny, images, relative
+from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from timm.models import group_parameters
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gunn_timm.layers import GunnLayer, set_backend
+from gunn_timm.weights import model_infos, weights_records
+
+MODELS = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
+
+
+def test_registered_models():
+    assert timm.list_models(module='gunn') == MODELS
+    assert set(timm.list_models(module='gunn', include_tags=True)) == set(model_infos())
+
+
+@pytest.mark.parametrize('name, num_classes, expected', [
+    ('gunn15', 10, 1585746), ('gunn15', 100, 1618236), ('sunn15', 10, 1585746), ('sunn15', 100, 1618236),
+    ('gunn15_nores', 10, 1585746), ('gunn15_nores', 100, 1618236),
+    ('gunn24', 10, 29534106), ('gunn24', 100, 29631396), ('sunn24', 10, 29534106), ('sunn24', 100, 29631396),
+    ('gunn18', 1000, 28909736), ('sunn18', 1000, 28909736), ('wide_gunn18', 1000, 45624936),
+])
+def test_parameter_counts(name, num_classes, expected):
+    model = timm.create_model(name, num_classes=num_classes, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert all(t.is_meta for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize('name', model_infos())
+def test_model_infos_are_true(name):
+    info = model_infos()[name]
+    model = timm.create_model(name, device='meta').eval()
+    assert sum(p.numel() for p in model.parameters()) == info.parameters
+    assert tuple(info.input_size) == model.default_cfg['input_size']
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *info.input_size, device='meta'))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(info.gmacs, abs=0.0005)
+
+
+@pytest.mark.parametrize('name', model_infos())
+def test_default_cfgs(name):
+    cfg = timm.get_pretrained_cfg(name)
+    tag = name.split('.')[1]
+    assert cfg.license == 'apache-2.0' and cfg.paper_ids == 'arXiv:1711.09280' and cfg.origin_url
+    assert cfg.interpolation == 'bilinear' and cfg.classifier == 'fc'
+    assert cfg.num_classes == {'cifar10': 10, 'cifar100': 100, 'in1k': 1000, 'mini_in100': 100}[tag]
+    if tag.startswith('cifar'):
+        mean, std = {
+            'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+            'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+        }[tag]
+        assert cfg.mean == pytest.approx([m / 255 for m in mean]) and cfg.std == pytest.approx([s / 255 for s in std])
+        assert cfg.crop_pct == 1.0
+    if tag == 'in1k':
+        assert cfg.crop_pct == 0.875
+    assert bool(cfg.has_weights) is (name in weights_records())
+
+
+def test_pretrained_without_weights_says_what_exists():
+    with pytest.raises(RuntimeError) as error:
+        timm.create_model('gunn24', pretrained=True)
+    message = str(error.value)
+    assert 'No pretrained weights exist for gunn24.cifar10' in message
+    assert all(name in message for name in weights_records())
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(num_classes=-1), 'num_classes .* got -1'),
+    (dict(channels=(8, 12, 15)), '15 channels and 2 segments'),
+    (dict(channels=(8, 12)), 'of one length'),
+    (dict(layout='vgg'), "'imagenet' or 'cifar'; got 'vgg'"),
+    (dict(output_stride=8), r'one of \[1, 2, 4\]; got 8'),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create_tiny('gunn15', **kwargs)
+
+
+def test_local_dir_round_trip_is_exact(tiny_name, tmp_path):
+    model = create_tiny(tiny_name, global_pool='max').eval()
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert again.num_classes == 7 and again.global_pool.pool_type == 'max'
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_in_chans(tiny_name, in_chans):
+    model = create_tiny(tiny_name, in_chans=in_chans).eval()
+    assert model.in_chans == model.stem.conv1.conv.in_channels == in_chans
+    assert model(images(model)).shape == (2, 7)
+
+
+@pytest.mark.parametrize('pool, factor', [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2), ('fast', 1)])
+def test_pooling_and_classifier(tiny_name, pool, factor):
+    model = create_tiny(tiny_name, global_pool=pool, drop_rate=0.5).eval()
+    x = images(model)
+    width = model.num_features * factor
+    assert model.head_hidden_size == width and model.fc.in_features == width
+    assert model(x).shape == (2, 7)
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, width)
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model(x).shape == (2, width)
+    model.reset_classifier(3, 'avg')
+    assert model.num_classes == 3 and model(x).shape == (2, 3) and model.head_hidden_size == model.num_features
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), features)
+    with pytest.raises(ValueError, match='got -1'):
+        model.reset_classifier(-1)
+    assert list(dict(model.named_children()))[-1] == 'fc'
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+@pytest.mark.parametrize('feature_cls', ['list', 'getter', 'hook', 'fx'])
+def test_features_only(name, feature_cls):
+    full = create_tiny(name).eval()
+    x = images(full, size=(96, 64))
+    expected = full.forward_intermediates(x, intermediates_only=True)
+    everything = list(range(len(expected)))
+    for out_indices in [everything] + ([[i] for i in everything] if feature_cls in ('list', 'getter') else []):
+        model = create_tiny(name, features_only=True, out_indices=out_indices, feature_cls=feature_cls).eval()
+        prefix = {'list': '', 'getter': 'model.', 'hook': '', 'fx': 'graph_module.'}[feature_cls]
+        weights = full.state_dict()
+        names = {prefix + key.replace('stem.', 'stem_').replace('stages.', 'stages_') if feature_cls in ('list', 'hook')
+                 else prefix + key: key for key in weights}
+        model.load_state_dict({key: weights[names[key]] for key in model.state_dict()})
+        maps = model(x)
+        assert [m.shape[1] for m in maps] == model.feature_info.channels()
+        for i, feature_map, reduction in zip(out_indices, maps, model.feature_info.reduction()):
+            assert feature_map.shape[-2:] == (96 // reduction, 64 // reduction)
+            torch.testing.assert_close(feature_map, expected[i])
+
+
+@pytest.mark.parametrize('name, strides', [('gunn15', (1, 2, 4)), ('gunn18', (4, 8, 16, 32))])
+def test_output_stride(name, strides):
+    for output_stride in strides:
+        model = create_tiny(name, output_stride=output_stride, features_only=True)
+        assert model.feature_info.reduction()[-1] == output_stride
+        x = torch.randn(1, 3, 64, 64)
+        assert model.eval()(x)[-1].shape[-1] == 64 // output_stride
+    dilated = create_tiny(name, output_stride=strides[0])
+    dilations = [m.dilation[0] for m in dilated.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert max(dilations) == strides[-1] // strides[0]
+
+
+@pytest.mark.parametrize('size', [(33, 47), (225, 161)])
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_odd_sizes_and_batch_of_one(name, size):
+    model = create_tiny(name).eval()
+    x = images(model, batch=1, size=size)
+    with torch.no_grad():
+        logits = model(x)
+        set_backend(model, 'plain')
+        torch.testing.assert_close(model(x), logits)
+    assert logits.shape == (1, 7) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize('kind', ['channels_last', 'bfloat16', 'autocast'])
+def test_layouts_and_precisions(tiny_name, kind):
+    """The chosen way may be at most twice as far from float64 as concatenation is at the same precision."""
+    model = create_tiny(tiny_name).eval()
+    x = images(model)
+    exact = copy.deepcopy(model).double()(x.double())
+    if kind == 'channels_last':
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    elif kind == 'bfloat16':
+        model, x = model.bfloat16(), x.bfloat16()
+    errors = {}
+    for backend in ('auto', 'plain'):
+        set_backend(model, backend)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=kind == 'autocast'):
+            logits = model(x)
+        assert logits.dtype == (torch.float if kind == 'channels_last' else torch.bfloat16)
+        errors[backend] = relative(logits, exact)
+    # Below a few units of the last place the ratio is a matter of luck.
+    floor = 4 * torch.finfo(logits.dtype).eps
+    assert errors['auto'] <= max(2 * errors['plain'], floor)
+
+
+# In float64, so that what is compared is the computation and not its rounding.
+EXACT = 1e-11
+
+
+def test_script_and_trace():
+    # All in one process: TorchScript may take two models for one where they differ in the order of modules only.
+    for name in ('gunn15', 'gunn18', 'gunn24', 'sunn15'):
+        model = create_tiny(name).double().eval()
+        x = images(model).double()
+        with torch.no_grad():
+            expected = model(x)
+            assert relative(torch.jit.script(model)(x), expected) <= EXACT, name
+            assert relative(torch.jit.trace(model, x)(x), expected) <= EXACT, name
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'gunn24', 'sunn15'])
+def test_export(name):
+    model = create_tiny(name).double().eval()
+    batch = torch.export.Dim('batch', min=1, max=64)
+    program = torch.export.export(model, (images(model).double(),), dynamic_shapes=({0: batch},))
+    x = images(model, batch=3).double()
+    assert relative(program.module()(x), model(x)) <= EXACT
+
+
+@pytest.mark.parametrize('name, training', [('gunn15', True), ('gunn18', False)])
+def test_compile_in_one_graph(name, training):
+    model = create_tiny(name).double().train(training)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
+    x = images(model).double()
+    out, expected = compiled(x), model(x)
+    assert relative(out, expected) <= EXACT
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert_same_gradients(compiled, model, EXACT)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    model = create_tiny('gunn15').eval()
+    with torch.no_grad():
+        x = images(model)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dynamo', [True, False])
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18'])
+def test_onnx(name, dynamo, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = create_tiny(name).eval()
+    x = images(model)
+    file = tmp_path / 'model.onnx'
+    torch.onnx.export(model, (x,), str(file), input_names=['x'], dynamo=dynamo)
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    logits, = session.run(None, {'x': x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_ema():
+    model = create_tiny('gunn15')
+    ema = ModelEmaV3(model, decay=0.5)
+    before = {k: v.clone() for k, v in ema.module.state_dict().items()}
+
+    model(images(model)).square().sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+    ema.update(model)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(ema.module.state_dict()[key], (before[key] + value) / 2)
+
+
+def test_sync_batchnorm_conversion():
+    model = create_tiny('gunn15').eval()
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    x = images(model)
+    expected = model(x)
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm):
+        converted = convert(copy.deepcopy(model))
+        assert sum(isinstance(m, nn.SyncBatchNorm) for m in converted.modules()) == norms
+        torch.testing.assert_close(converted(x), expected)
+
+
+def test_freezing_batchnorm_takes_effect():
+    model = create_tiny('gunn15').train()
+    x = images(model)
+
+    def statistics():
+        return torch.cat([b.double().flatten() for n, b in model.named_buffers() if 'running' in n])
+
+    model = freeze_batch_norm_2d(model)
+    before = statistics()
+    model(x).sum().backward()
+    assert torch.equal(statistics(), before)
+    model = unfreeze_batch_norm_2d(model)
+    model.train()(x)
+    assert (statistics() != before).all()
+
+
+def test_grad_checkpointing_gives_the_same_gradients(tiny_name):
+    model = create_tiny(tiny_name).double()
+    twin = copy.deepcopy(model)
+    twin.set_grad_checkpointing()
+    x = images(model).double()
+    for m in (model, twin):
+        m(x).square().sum().backward()
+    assert_same_gradients(twin, model, EXACT)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_init_follows_the_authors(name):
+    if name in ('gunn24', 'sunn24', 'wide_gunn18'):
+        pytest.skip('the same code on more weights')
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for key, conv in convs.items():
+        sigma = math.sqrt(2 / (conv.kernel_size[0] ** 2 * conv.out_channels))
+        count = conv.weight.numel()
+        # Six standard errors: passes by chance for all convs but one model in millions.
+        assert conv.bias is None
+        assert abs(conv.weight.mean().item()) <= 6 * sigma / math.sqrt(count), key
+        assert abs(conv.weight.std().item() / sigma - 1) <= 6 / math.sqrt(2 * count), key
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    assert (model.fc.bias == 0).all()
+
+
+def test_init_weights_after_to_empty(tiny_name):
+    model = timm.create_model(tiny_name, **TINY[tiny_name], device='meta', dtype=torch.double)
+    model = model.to_empty(device='cpu').eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float('nan') if tensor.is_floating_point() else -1)
+    model.init_weights()
+    assert all(t.isfinite().all() and (t.dtype.is_floating_point or t == 0) for t in model.state_dict().values())
+    assert model(images(model).double()).isfinite().all()
+
+
+def test_parameter_groups():
+    model = create_tiny('gunn15')
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    fine = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(coarse) == set(fine) == {n for n, _ in model.named_parameters()}
+    assert fine['stem.conv1.conv.weight'] < fine['stages.0.layer.units.0.blocks.0.conv1.conv.weight']
+    assert fine['stages.1.downsample.conv.conv.weight'] < fine['stages.1.layer.units.0.blocks.0.conv1.conv.weight']
+    assert fine['stages.2.layer.units.1.shortcut.conv.weight'] <= fine['final_conv.conv.weight'] < fine['fc.weight']
+    assert coarse['stages.1.downsample.conv.conv.weight'] == coarse['stages.1.layer.units.0.shortcut.conv.weight']
+
+
+def test_drop_path_rises_over_the_units():
+    model = timm.create_model('gunn15', drop_path_rate=0.2, device='meta')
+    layers = [m for m in model.modules() if isinstance(m, GunnLayer)]
+    rates = [getattr(unit.drop_path, 'drop_prob', 0.) for layer in layers for unit in layer.units]
+    assert rates == sorted(rates) and rates[0] == 0 and rates[-1] == pytest.approx(0.2)
+
+
+def test_one_step_learns():
+    model = create_tiny('gunn15')
+    x, target = images(model, batch=8), torch.arange(8) % 7
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,171 @@
+"""validate.py on small data of the test's own making."""
+import csv
+import importlib.util
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from gunn_timm.weights import WeightsRecord
+
+spec = importlib.util.spec_from_file_location('validate', ROOT / 'validate.py')
+validate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(validate)
+
+COUNT = 20
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A split of 10 classes, two images each, as a folder, a tar file, and a dataset of torchvision's."""
+    root = tmp_path_factory.mktemp('data')
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
+    labels = [i % 10 for i in range(COUNT)]
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        folder = root / 'folder' / 'test' / f'class{label}'
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f'{i}.png')
+    with tarfile.open(root / 'test.tar', 'w') as tar:
+        tar.add(root / 'folder' / 'test', arcname='test')
+    batches = root / 'torch' / 'cifar-10-batches-py'
+    batches.mkdir(parents=True)
+    batch = dict(data=pixels.transpose(0, 3, 1, 2).reshape(COUNT, -1), labels=labels)
+    (batches / 'test_batch').write_bytes(pickle.dumps(batch))
+    (batches / 'batches.meta').write_bytes(pickle.dumps({'label_names': [f'class{i}' for i in range(10)]}))
+    return root
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp('checkpoint') / 'gunn15.safetensors'
+    safetensors.torch.save_file(timm.create_model('gunn15').state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def arguments(data, checkpoint):
+    folder = str(data / 'folder')
+    return ['--data-dir', folder, '--split', 'test', '--checkpoint', str(checkpoint), '-j', '0', '-b', '8']
+
+
+def result(capsys):
+    return json.loads(capsys.readouterr().out.split('--result\n')[1])
+
+
+@pytest.fixture(scope='module')
+def expected(data, checkpoint):
+    """Top-1 and top-5 accuracy in %."""
+    model = timm.create_model('gunn15').eval()
+    model.load_state_dict(safetensors.torch.load_file(checkpoint))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    files = list((data / 'folder' / 'test').rglob('*.png'))
+    with torch.no_grad():
+        order = model(torch.stack([transform(Image.open(file)) for file in files])).argsort(descending=True)
+    hits = order == torch.tensor([int(file.parent.name[-1]) for file in files])[:, None]
+    return round(100 * hits[:, 0].float().mean().item(), 4), round(100 * hits[:, :5].float().sum().item() / COUNT, 4)
+
+
+def test_folder_tar_and_torchvision_agree(data, expected, arguments, capsys, monkeypatch):
+    assert validate.main(arguments) == 0
+    found = result(capsys)
+    top1, top5 = expected
+    assert found == dict(
+        model='gunn15', top1=top1, top1_err=pytest.approx(100 - top1), top5=top5, top5_err=pytest.approx(100 - top5),
+        images=COUNT, param_count=1.59, img_size=32, crop_pct=1.0, interpolation='bilinear')
+    assert validate.main([*arguments, '--data-dir', str(data / 'test.tar')]) == 0
+    assert result(capsys) == found
+    monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *args: True)
+    monkeypatch.setattr('torchvision.datasets.CIFAR10.train_list', [])
+    assert validate.main([*arguments, '--data-dir', str(data / 'torch'), '--dataset', 'torch/cifar10']) == 0
+    assert result(capsys) == found
+    assert validate.main([*arguments, '--channels-last', '--amp']) == 0
+    # In bfloat16 an image or two may change sides.
+    assert abs(result(capsys)['top5'] - top5) <= 2 * 100 / COUNT
+
+
+@pytest.mark.parametrize('results_format', ['csv', 'json'])
+def test_results_file(results_format, arguments, tmp_path, capsys):
+    file = tmp_path / 'results'
+    assert validate.main([*arguments, '--results-file', str(file), '--results-format', results_format]) == 0
+    found = result(capsys)
+    if results_format == 'json':
+        assert json.loads(file.read_text()) == [found]
+    else:
+        row, = csv.DictReader(file.open())
+        assert row == {k: str(v) for k, v in found.items()}
+    assert [f.name for f in tmp_path.iterdir()] == ['results']
+
+
+def test_batch_size_backs_off(arguments, capsys, monkeypatch):
+    assert validate.main(arguments) == 0
+    found = result(capsys)
+    evaluate, sizes = validate._evaluate, []
+
+    def limited(model, dataset, data_config, batch_size, args):
+        sizes.append(batch_size)
+        if batch_size > 3:
+            raise RuntimeError('CUDA out of memory.')
+        return evaluate(model, dataset, data_config, batch_size, args)
+
+    monkeypatch.setattr(validate, '_evaluate', limited)
+    assert validate.main(arguments) == 0
+    assert result(capsys) == found
+    assert sizes == [8, 6, 4, 3]
+
+
+def test_comparison_with_the_record(checkpoint, expected, arguments, capsys, monkeypatch):
+    top1, top5 = expected
+    record = WeightsRecord(
+        'gunn15.cifar10', '', '', 0, 'float32', 0, '', [], {}, dict(top1=top1, top5=top5), {})
+    monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
+    create_model = validate.create_model
+    state = safetensors.torch.load_file(checkpoint)
+
+    def published(name, pretrained, **kwargs):
+        assert pretrained
+        model = create_model(name, pretrained=False, **kwargs)
+        model.load_state_dict(state)
+        return model
+
+    monkeypatch.setattr(validate, 'create_model', published)
+    arguments = [a for a in arguments if a not in ('--checkpoint', str(checkpoint))]
+    assert validate.main([*arguments, '--check']) == 0
+    assert f'record of gunn15.cifar10: top-1 {top1}, top-5 {top5}' in capsys.readouterr().out
+    record.metrics['top1'] = top1 + 0.02
+    assert validate.main([*arguments, '--check']) == 1
+    assert '-0.0200 points off: DOES NOT AGREE within 0.01' in capsys.readouterr().out
+    assert validate.main(arguments) == 0
+    assert validate.main([*arguments, '--check', '--tolerance', '0.1']) == 0
+
+
+@pytest.mark.parametrize('extra, message', [
+    (['--split', 'train'], "has no folder for the split 'train'; folders there: test."),
+    (['--data-dir', 'missing'], "No data at 'missing'."),
+    (['--num-classes', '3'], 'fc.weight (10, 360) for (3, 360)'),
+    (['--num-classes', '-3'], 'num_classes must be 0 (no classifier) or more; got -3'),
+    (['--model', 'gunn18'], 'does not fit Gunn as configured'),
+    (['--model', 'gunn16'], "No model 'gunn16'; nearest: gunn"),
+    (['--checkpoint', 'missing.pth'], "No checkpoint 'missing.pth'."),
+    (['--check'], '--check needs published weights'),
+])
+def test_bad_input_is_one_line_and_exit_code_2(extra, message, arguments, capsys):
+    assert validate.main([*arguments, *extra]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and message in err
+    assert err.startswith('error: ') and err.count('\n') == 1
+
+
+def test_classes_of_data_and_model_differ(data, arguments, tmp_path, capsys):
+    folder = tmp_path / 'test' / 'only'
+    folder.mkdir(parents=True)
+    Image.new('RGB', (32, 32)).save(folder / 'x.png')
+    assert validate.main([*arguments, '--data-dir', str(tmp_path)]) == 2
+    assert 'The data has 1 classes and gunn15 has 10' in capsys.readouterr().err

@@ -1,0 +1,128 @@
+import dataclasses
+import hashlib
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, create_tiny
+
+from gunn_timm import weights
+from gunn_timm.weights import WeightsRecord, load_checkpoint, model_infos, verify, weights_records
+
+
+@pytest.mark.parametrize('name', weights_records())
+def test_records_are_true(name):
+    record = weights_records()[name]
+    assert name in model_infos()
+    assert record.path.stat().st_size == record.size
+    assert hashlib.sha256(record.path.read_bytes()).hexdigest() == record.sha256
+    tensors = safetensors.torch.load_file(record.path)
+    assert {str(t.dtype) for t in tensors.values() if t.is_floating_point()} == {f'torch.{record.dtype}'}
+    model = timm.create_model(name, pretrained=True)
+    assert sum(p.numel() for p in model.parameters()) == record.parameters == model_infos()[name].parameters
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, tensors[key].to(value.dtype)), key
+    assert len(record.label_names) == model.num_classes == len(model.pretrained_cfg['label_names'])
+    assert (ROOT / record.training['recipe']).is_file()
+
+
+@pytest.mark.parametrize('name', weights_records())
+def test_records_say_how_the_weights_were_made_and_measured(name):
+    record = weights_records()[name]
+    assert {'name', 'copy', 'train_images', 'test_images'} <= set(record.dataset)
+    assert {'top1', 'top5', 'images', 'epoch', 'ema', 'test_time_augmentation', 'command'} <= set(record.metrics)
+    assert record.metrics['images'] == record.dataset['test_images']
+    assert {'recipe', 'command', 'epochs', 'seed', 'hardware', 'wall_time', 'date', 'versions'} <= set(record.training)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> WeightsRecord:
+    """A weight of its own, as if it came with the package."""
+    model = create_tiny('gunn15')
+    file = tmp_path / 'gunn15.cifar10.safetensors'
+    safetensors.torch.save_file(model.state_dict(), file)
+    record = WeightsRecord(
+        'gunn15.cifar10', file.name, hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size, 'float32', 0,
+        'apache-2.0', ['a'] * 7, {}, {}, {})
+    monkeypatch.setattr(weights, '_weights_dir', lambda: tmp_path)
+    monkeypatch.setattr('gunn_timm.gunn.weights_records', lambda: {record.name: record})
+    return record
+
+
+def test_any_changed_byte_is_refused(shipped):
+    verify(shipped)
+    original = shipped.path.read_bytes()
+    overlay = dict(file=str(shipped.path), num_classes=7)
+    kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, channels=(8, 12, 12), segments=(2, 3, 2))
+    timm.create_model('gunn15', **kwargs)
+    for position in (0, 100, len(original) // 2, len(original) - 1):
+        changed = bytearray(original)
+        changed[position] ^= 1
+        shipped.path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f'is not the published file: its SHA-256 is .* expected {shipped.sha256}'):
+            timm.create_model('gunn15', **kwargs)
+    shipped.path.write_bytes(original[:-1])
+    with pytest.raises(ValueError, match='is not the published file'):
+        verify(shipped)
+    shipped.path.unlink()
+    with pytest.raises(FileNotFoundError, match='weights of gunn15.cifar10 are missing'):
+        verify(shipped)
+
+
+@pytest.mark.parametrize('text, problem', [('{sha256: 0}', 'missing'), ('{colour: blue}', 'unexpected')])
+def test_incomplete_record(text, problem, tmp_path, monkeypatch):
+    info = '{dataset: D, input_size: [3, 8, 8], parameters: 1, gmacs: 1}'
+    (tmp_path / 'models.yaml').write_text(f'gunn15.cifar10: {info}')
+    (tmp_path / 'gunn15.cifar10.yaml').write_text(text)
+    monkeypatch.setattr(weights, '_weights_dir', lambda: tmp_path)
+    model_infos.cache_clear()
+    weights_records.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=f'gunn15.cifar10.yaml.*{problem}.* its keys are file, sha256, size'):
+            weights_records()
+    finally:
+        model_infos.cache_clear()
+        weights_records.cache_clear()
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'train.py', 'train.py with EMA'])
+def test_load_checkpoint(kind, tmp_path):
+    source, model = create_tiny('gunn15'), create_tiny('gunn15')
+    with torch.no_grad():
+        source.fc.bias += 1
+    state = source.state_dict()
+    file = tmp_path / ('x.safetensors' if kind == 'safetensors' else 'x.pth.tar')
+    if kind == 'safetensors':
+        safetensors.torch.save_file(state, file)
+    elif kind == 'train.py':
+        torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}}, file)
+    else:
+        torch.save({'epoch': 3, 'state_dict': model.state_dict(), 'state_dict_ema': state}, file)
+    load_checkpoint(model, file)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    model = create_tiny('gunn15')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    file = tmp_path / 'x.safetensors'
+    with pytest.raises(FileNotFoundError, match='No checkpoint'):
+        load_checkpoint(model, file)
+    safetensors.torch.save_file(create_tiny('gunn24').state_dict(), file)
+    with pytest.raises(ValueError, match=r'unexpected \(stages.0.layer.units.0.blocks.1.*of another shape \(stages'):
+        load_checkpoint(model, file)
+    safetensors.torch.save_file(create_tiny('gunn15', num_classes=3).state_dict(), file)
+    with pytest.raises(ValueError, match=r'2 of another shape \(fc.weight \(3, 12\) for \(7, 12\), fc.bias'):
+        load_checkpoint(model, file)
+    for damage in (b'', b'garbage', file.read_bytes()[:1000]):
+        for name in ('x.safetensors', 'x.pth'):
+            (tmp_path / name).write_bytes(damage)
+            with pytest.raises(ValueError, match='is not a checkpoint that can be read'):
+                load_checkpoint(model, tmp_path / name)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_record_fields_are_documented():
+    for cls in (weights.ModelInfo, WeightsRecord):
+        assert all(f'{field.name}: ' in cls.__doc__ for field in dataclasses.fields(cls))

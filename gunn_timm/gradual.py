@@ -139,7 +139,7 @@ def update_in_place(
     Args:
         x: Input of shape (N, C, H, W); it is not changed.
         units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W).
-        residual: Add a unit's output to its segment's old value (paper section 3, Eq. 3) instead of replacing it.
+        residual: Add a unit's output to its segment's old value instead of replacing it.
         ordered: Let each unit read what the units before it updated; with False all of them read x.
 
     Returns:
@@ -241,13 +241,13 @@ def gradual_update(
     """Run the units one after another on one running state, differentiably, keeping 2C channels beside the units' own.
 
     Gradients, BatchNorm statistics and outputs are those of concatenating the updated and the old segments before every
-    unit (paper section 3 and Algorithm 1). Differentiable once; a second derivative raises PyTorch's error.
+    unit (Algorithm 1 of the paper). Differentiable once; a second derivative raises PyTorch's error.
 
     Args:
         x: Input of shape (N, C, H, W); it is not changed.
         units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W). A parameter belongs to one
             unit only.
-        residual: Add a unit's output to its segment's old value (paper section 3, Eq. 3) instead of replacing it.
+        residual: Add a unit's output to its segment's old value instead of replacing it.
         ordered: Let each unit read what the units before it updated; with False all of them read x.
 
     Returns:

@@ -86,14 +86,13 @@ class Gunn(nn.Module):
 
     Args:
         layout: 'imagenet' (7x7/2 stem and max pool, pool before each transition's convolution, no projection in the
-            units; paper Table 2) or 'cifar' (3x3 stem at full size, pool after, projections, a last 1x1 convolution;
-            paper Table 1).
+            units; paper Table 2) or 'cifar' (3x3 stem at full size, pool after, projections, a last 1x1 convolution).
         channels: Channels of each gradually updated layer, N of the paper.
         segments: Segments of each layer, P of the paper.
         expansion: K of the paper.
         num_blocks: M of the paper.
         ordered: With False the unordered baseline, SUNN, of the paper.
-        residual: With False the updates replace the old values (paper section 6.3, GUNN without residual).
+        residual: With False the updates replace the old values (paper Table 5).
         num_classes: Classes; 0 for no classifier.
         in_chans: Channels of the input image.
         global_pool: Global pooling: 'avg', 'max', 'avgmax', 'catavgmax', a 'fast' variant, or '' for none.
@@ -449,7 +448,7 @@ def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 for 32x32 images: 1.6 M parameters (paper section 5.2, Table 1).
+    """GUNN-15 for 32x32 images: 1.6 M parameters (paper section 5).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -460,7 +459,7 @@ def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-24 for 32x32 images: 29.5 M parameters, two blocks a unit (paper section 5.2).
+    """GUNN-24 for 32x32 images: 29.5 M parameters, two blocks a unit (paper section 5).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -471,7 +470,7 @@ def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-18 for 224x224 images: 28.9 M parameters (paper section 5.3, Table 2).
+    """GUNN-18 for 224x224 images: 28.9 M parameters (paper section 5, Table 2).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -482,7 +481,7 @@ def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """Wide GUNN-18 for 224x224 images: 45.6 M parameters (paper section 5.3, Table 2).
+    """Wide GUNN-18 for 224x224 images: 45.6 M parameters (paper section 5, Table 2).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -493,7 +492,7 @@ def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-15, the paper's baseline: GUNN-15 with all segments updated at once (paper section 6.3).
+    """SUNN-15, the paper's baseline: GUNN-15 with all segments updated at once (paper section 6).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -504,7 +503,7 @@ def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-24, the paper's baseline: GUNN-24 with all segments updated at once (paper section 6.3).
+    """SUNN-24, the paper's baseline: GUNN-24 with all segments updated at once (paper section 6).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -515,7 +514,7 @@ def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-18, the paper's baseline: GUNN-18 with all segments updated at once (paper section 6.4).
+    """SUNN-18, the paper's baseline: GUNN-18 with all segments updated at once (paper section 6).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
@@ -526,7 +525,7 @@ def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn15_nores(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6.3, Table 5).
+    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6, Table 5).
 
     Args:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.

@@ -95,7 +95,7 @@ class Bottleneck(nn.Module):
 
 
 class UpdateUnit(nn.Module):
-    """What one segment's channels are computed with, from all channels of the layer (paper sections 3 and 5.1).
+    """What one segment's channels are computed with, from all channels of the layer (paper section 5.1).
 
     Args:
         in_chs: Channels of the layer, N of the paper.
@@ -147,7 +147,7 @@ class UpdateUnit(nn.Module):
 
 @register_notrace_module
 class GunnLayer(nn.Module):
-    """A convolutional layer whose channels are updated segment by segment (paper section 3, Algorithm 1).
+    """A convolutional layer whose channels are updated segment by segment (paper Algorithm 1).
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
     There are three ways to run that, all with the same result: concatenating before every unit (what tracing,

@@ -87,7 +87,7 @@ def test_bad_arguments(kwargs, message):
 
 def test_local_dir_round_trip_is_exact(tiny_name, tmp_path):
     model = create_tiny(tiny_name, global_pool='max').eval()
-    timm.models.save_for_hf(model, tmp_path)
+    timm.models.save_for_hf(model, tmp_path, model_args=dict(TINY[tiny_name], global_pool='max'))
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert again.num_classes == 7 and again.global_pool.pool_type == 'max'
     x = images(model)

@@ -9,12 +9,15 @@ TIMM_SOURCE := $(VENV)/timm-source
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
 
+# One thread a process: as many processes as cores run at a time.
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: lint $(TIMM_SOURCE)
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -q -n auto -m "not slow" tests
 	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
 
 test-slow: $(TIMM_SOURCE)
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n auto tests
 	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) --all
 
 lint: $(VENV)/installed-test

@@ -27,8 +27,12 @@ def _is_channels_last(x: torch.Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+
+
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View (N, C, H, W) in channels_last order as (N * H * W, C)."""
+    """Turn (N, C, H, W) into (N * H * W, C), without a copy if x is in channels_last order."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
@@ -68,12 +72,12 @@ class _PointwiseConv(torch.autograd.Function):
         if _is_channels_last(x):
             rows = _as_rows(grad_out)
             if ctx.needs_input_grad[0]:
-                _as_rows(grad_x).addmm_(rows, matrix)
+                grad_x.permute(0, 2, 3, 1).view(-1, grad_x.shape[1]).addmm_(rows, matrix)
             grad_weight = rows.t() @ _as_rows(x) if ctx.needs_input_grad[1] else None
         else:
             columns = grad_out.flatten(2)
             if ctx.needs_input_grad[0]:
-                grad_x.flatten(2).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
+                grad_x.view(*grad_x.shape[:2], -1).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
             grad_weight = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             # DDP wants a gradient strided like its parameter; of a 1x1 kernel all dense layouts are one.
@@ -149,7 +153,7 @@ def update_in_place(
         ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
             unit changes its input in place.
     """
-    y = x.clone()
+    y = x.clone(memory_format=_memory_format(x))
     state = y if ordered else x
     for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
         _update_segment(segment, _call_unit(unit, index, state, state, segment), residual)
@@ -168,7 +172,7 @@ class _GradualUpdate(torch.autograd.Function):
             # Inputs of this function so that the engine, and with it DDP, sees their gradients arrive.
             *params: torch.Tensor,
     ) -> torch.Tensor:
-        y = x.clone()
+        y = x.clone(memory_format=_memory_format(x))
         state = _State(y if ordered else x)
         unit_params = [list(unit.parameters()) for unit in units]
         needs_grad = ctx.needs_input_grad[0]
@@ -184,7 +188,7 @@ class _GradualUpdate(torch.autograd.Function):
                 out = _call_unit(unit, index, view, state.tensor, segment)
             leaves.append(leaf)
             # Not the output itself, whose values are in the state by now.
-            edges.append(get_gradient_edge(out) if needs_out_grad else None)
+            edges.append(get_gradient_edge(out) if out.requires_grad else None)
             _update_segment(segment, out.detach(), residual)
             needs_grad = needs_out_grad if ordered else needs_grad
         # The state is x and y from here on: these are watched for changes by the engine and freed by it.
@@ -200,8 +204,9 @@ class _GradualUpdate(torch.autograd.Function):
         ordered = y is not None
         state = ctx.state
         state.tensor = y.clone() if ordered else x
+        # Laid out as the state is, which what adds to it relies on, not as the gradient happens to come.
+        grad = torch.empty_like(x, memory_format=_memory_format(x)).copy_(grad_y)
         # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
-        grad = torch.empty_like(x).copy_(grad_y)
         out_grads = _segments(grad if ordered else grad.clone(), len(ctx.edges))
         old = _segments(x, len(ctx.edges))
         restored = _segments(state.tensor, len(ctx.edges))
@@ -214,14 +219,13 @@ class _GradualUpdate(torch.autograd.Function):
             edge, leaf, params = ctx.edges[index], ctx.leaves[index], ctx.unit_params[index]
             if ordered:
                 restored[index].copy_(old[index])
+            # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
+            out_grad = out_grads[index].clone(memory_format=_memory_format(x))
+            if not ctx.residual and ordered:
+                out_grads[index].zero_()
             if edge is None:
                 param_grads[:0] = [None] * len(params)
                 continue
-            # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
-            out_grad = out_grads[index].clone(
-                memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
-            if not ctx.residual and ordered:
-                out_grads[index].zero_()
             wanted = [t for t in (leaf, *params) if t.requires_grad]
             grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
             found = dict(zip(map(id, wanted), grads))

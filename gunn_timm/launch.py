@@ -1,13 +1,18 @@
 """Run a script of timm's, unchanged, with the models of this package registered."""
 import functools
+import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any, Sequence
 
+import timm
+
 from ._timm import ClassificationTask
 
 __all__ = ['run_script']
+
+_WITHOUT_CURRENT_FOLDER = 'import sys; del sys.path[0]; from gunn_timm.cli import main; sys.exit(main(sys.argv[1:]))'
 
 
 def _allow_distributed_on_cpu() -> None:
@@ -27,7 +32,8 @@ def run_script(script: str, args: Sequence[str]) -> None:
     """Run a Python script as `python SCRIPT ARGS...` would, in this process, where the models are registered already.
 
     The script's folder goes last on the module path, not first: it may be a checkout of timm, whose `timm` folder must
-    not come before the installed one. What the script raises, its SystemExit included, passes through.
+    not come before the installed one. Where `python -m` has put it first, being called in that folder, Python is
+    started again without it. What the script raises, its SystemExit included, passes through.
 
     Args:
         script: Path of the script.
@@ -39,7 +45,10 @@ def run_script(script: str, args: Sequence[str]) -> None:
     path = Path(script)
     if not path.is_file():
         raise FileNotFoundError(f"No script '{script}'; give the path of a Python file, such as timm's train.py.")
+    folder = str(path.resolve().parent)
+    if sys.path[0] == folder and os.path.dirname(os.path.dirname(os.path.abspath(timm.__file__))) == folder:
+        os.execv(sys.executable, [sys.executable, '-c', _WITHOUT_CURRENT_FOLDER, 'run', script, *args])
     _allow_distributed_on_cpu()
     sys.argv = [script, *args]
-    sys.path.append(str(path.resolve().parent))
+    sys.path.append(folder)
     runpy.run_path(str(path), run_name='__main__')

@@ -22,13 +22,11 @@ def main() -> int:
     here = Path(__file__).parent
     selection = 'gunn or sunn' if args.all else f'(gunn or sunn) and ({CONFIGS}) or gunn15 and not nores'
     command = [
-        sys.executable, '-m', 'pytest', '-q', '-n', '2', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-W', 'ignore',
+        sys.executable, '-m', 'pytest', '-q', '-n', 'auto', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-W', 'ignore',
         'tests/test_models.py', '-k', selection, '--durations', '10',
     ]
     path = os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))
-    # One thread a process: two processes share the cores.
-    env = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1')
-    return subprocess.run(command, cwd=args.source, env=env).returncode
+    return subprocess.run(command, cwd=args.source, env=dict(os.environ, PYTHONPATH=path)).returncode
 
 
 if __name__ == '__main__':

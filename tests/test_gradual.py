@@ -69,6 +69,24 @@ def test_equals_concatenation(variant, memory_format):
     assert_same_state(gradual, plain, 1e-14)
 
 
+@pytest.mark.parametrize('variant', ['cifar', 'nores', 'sunn'])
+@pytest.mark.parametrize('strides', ['transposed', 'expanded', 'sliced'])
+def test_strides_of_the_input_do_not_matter(strides, variant):
+    gradual, plain = twins(variant)
+    base = make_input()
+    x = {
+        'transposed': base.transpose(2, 3), 'expanded': base[:1].expand(3, -1, -1, -1), 'sliced': base[..., ::2],
+    }[strides]
+    inputs = [x.detach().requires_grad_() for _ in range(2)]
+    assert inputs[0].stride() == x.stride()
+    for layer, x in zip((gradual, plain), inputs):
+        # The gradient comes expanded, as that of a mean does.
+        (layer(x).sin().mean(dim=(2, 3)) ** 2).sum().backward()
+    assert relative(inputs[0].grad, inputs[1].grad) <= 1e-13
+    for (name, p), q in zip(gradual.named_parameters(), plain.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-13 * max(q.grad.norm(), 1e-3), name
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_in_place_equals_concatenation(variant):
     gradual, plain = twins(variant)
@@ -262,6 +280,22 @@ def test_any_unit():
     assert torch.autograd.gradcheck(lambda x: gradual_update(x, units), x)
     with torch.no_grad():
         assert torch.equal(update_in_place(x, units), gradual_update(x, units))
+
+
+@pytest.mark.parametrize('residual', [True, False])
+def test_unit_without_gradient(residual):
+    class Detached(Scale):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    units = [Scale(), Detached(), Scale()]
+    x, x_plain = (make_input().requires_grad_() for _ in range(2))
+    gradual_update(x, units, residual).square().sum().backward()
+    segments = list(x_plain.chunk(3, dim=1))
+    for i, unit in enumerate(units):
+        segments[i] = unit(torch.cat(segments, dim=1)) + (segments[i] if residual else 0)
+    torch.cat(segments, dim=1).square().sum().backward()
+    assert relative(x.grad, x_plain.grad) <= 1e-14
 
 
 class Wrong(nn.Module):

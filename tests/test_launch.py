@@ -1,5 +1,8 @@
 """`python -m gunn_timm run`: timm's scripts with our models, errors and exit codes as they are."""
+from pathlib import Path
+
 import pytest
+import timm
 
 SCRIPT = '''
 import sys
@@ -26,6 +29,14 @@ def test_arguments_exit_code_and_modules(run, script):
     result = run('-m', 'gunn_timm', 'run', script, '--model', 'gunn15', '-b', '2', '--help')
     assert result.stdout.strip() == "['--model', 'gunn15', '-b', '2', '--help'] True True __main__ 3"
     assert result.returncode == 7
+
+
+def test_called_in_a_checkout_of_timm(run, tmp_path):
+    """`python -m` puts the current folder first on the path, and with it the checkout's timm."""
+    (tmp_path / 'timm').symlink_to(Path(timm.__file__).parent)
+    (tmp_path / 'script.py').write_text('import sys, timm; print(timm.__file__, timm.is_model("gunn15"), sys.argv[1:])')
+    result = run('-m', 'gunn_timm', 'run', 'script.py', '-x', cwd=tmp_path)
+    assert result.stdout.split() == [timm.__file__, 'True', "['-x']"], result.stderr
 
 
 def test_errors_pass_through(run, script):

@@ -3,14 +3,16 @@
 A gradually updated layer feeds every update unit the state left by the units before it. Left to autograd, each of the
 P units keeps its own copy of that state for backward, P times N channels in all. The states differ from each other only
 in which segments are updated already, so the layer's input and output hold all of them: `gradual_update` saves those
-two and puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice.
+two and puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice,
+unless that is asked for (`recompute`) to do without what the units themselves keep.
 
 The P gradients of the state are as large as the state itself. Pointwise convolutions of the state, which is how a unit
 of the paper reads it, add theirs to one buffer inside their matrix product, so none of them is ever written out.
 
 This file knows of tensors and modules only, of neither images nor models.
 """
-from typing import Any, List, Optional, Sequence, Tuple, Union
+import contextlib
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,46 @@ def update_in_place(
     return y
 
 
+def _record_unit(
+        unit: nn.Module,
+        index: int,
+        state: _State,
+        segment: torch.Tensor,
+        needs_grad: bool,
+) -> Tuple[torch.Tensor, torch.Tensor, Optional[GradientEdge]]:
+    """Call a unit on the state and return its output, the leaf its gradient of the state goes to, and its graph."""
+    leaf = state.tensor.detach().requires_grad_(needs_grad)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(state.pack, state.unpack):
+        view = leaf.as_subclass(_StateView)
+        view.leaf, view.state = leaf, state
+        out = _call_unit(unit, index, view, state.tensor, segment)
+    # The edge stands for the output, whose values are not needed any more: they go into the state.
+    return out.detach(), leaf, get_gradient_edge(out) if out.requires_grad else None
+
+
+class _Surroundings:
+    """What a call of a unit depends on beside its input: random numbers, autocast."""
+
+    def __init__(self, x: torch.Tensor):
+        self.device = x.device
+        self.autocast = (torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
+        self.cpu_rng = torch.get_rng_state()
+        self.device_rng = None
+        if self.device.type != 'cpu':
+            self.device_rng = torch.get_device_module(self.device).get_rng_state(self.device)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        dtype, enabled = self.autocast
+        devices = [] if self.device_rng is None else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type if devices else 'cuda'), \
+                torch.autocast(self.device.type, dtype, enabled=enabled):
+            torch.set_rng_state(self.cpu_rng)
+            if devices:
+                torch.get_device_module(self.device).set_rng_state(self.device_rng, self.device)
+            yield
+
+
 class _GradualUpdate(torch.autograd.Function):
 
     @staticmethod
@@ -169,32 +211,27 @@ class _GradualUpdate(torch.autograd.Function):
             units: Sequence[nn.Module],
             residual: bool,
             ordered: bool,
+            recompute: bool,
             # Inputs of this function so that the engine, and with it DDP, sees their gradients arrive.
             *params: torch.Tensor,
     ) -> torch.Tensor:
         y = x.clone(memory_format=_memory_format(x))
         state = _State(y if ordered else x)
-        unit_params = [list(unit.parameters()) for unit in units]
         needs_grad = ctx.needs_input_grad[0]
-        leaves: List[torch.Tensor] = []
-        edges: List[Optional[GradientEdge]] = []
-        for index, (unit, segment, own_params) in enumerate(zip(units, _segments(y, len(units)), unit_params)):
-            leaf = state.tensor.detach().requires_grad_(needs_grad)
-            needs_out_grad = needs_grad or any(p.requires_grad for p in own_params)
-            with torch.set_grad_enabled(needs_out_grad), \
-                    torch.autograd.graph.saved_tensors_hooks(state.pack, state.unpack):
-                view = leaf.as_subclass(_StateView)
-                view.leaf, view.state = leaf, state
-                out = _call_unit(unit, index, view, state.tensor, segment)
-            leaves.append(leaf)
-            # Not the output itself, whose values are in the state by now.
-            edges.append(get_gradient_edge(out) if out.requires_grad else None)
-            _update_segment(segment, out.detach(), residual)
-            needs_grad = needs_out_grad if ordered else needs_grad
+        recorded: List[Any] = []
+        for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
+            if recompute:
+                recorded.append((_Surroundings(x), needs_grad))
+                out = _call_unit(unit, index, state.tensor, state.tensor, segment)
+            else:
+                out, leaf, edge = _record_unit(unit, index, state, segment, needs_grad)
+                recorded.append((leaf, edge))
+            _update_segment(segment, out, residual)
+            needs_grad = needs_grad or ordered and any(p.requires_grad for p in unit.parameters())
         # The state is x and y from here on: these are watched for changes by the engine and freed by it.
         state.tensor = None
         ctx.save_for_backward(x, y if ordered else None)
-        ctx.state, ctx.leaves, ctx.edges, ctx.unit_params, ctx.residual = state, leaves, edges, unit_params, residual
+        ctx.state, ctx.units, ctx.residual, ctx.recompute, ctx.recorded = state, units, residual, recompute, recorded
         return y
 
     @staticmethod
@@ -202,38 +239,51 @@ class _GradualUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         x, y = ctx.saved_tensors
         ordered = y is not None
-        state = ctx.state
+        state, count = ctx.state, len(ctx.units)
         state.tensor = y.clone() if ordered else x
+        if ctx.recompute:
+            state.storage_ptr = state.tensor.untyped_storage().data_ptr()
         # Laid out as the state is, which what adds to it relies on, not as the gradient happens to come.
         grad = torch.empty_like(x, memory_format=_memory_format(x)).copy_(grad_y)
         # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
-        out_grads = _segments(grad if ordered else grad.clone(), len(ctx.edges))
-        old = _segments(x, len(ctx.edges))
-        restored = _segments(state.tensor, len(ctx.edges))
+        out_grads = _segments(grad if ordered else grad.clone(), count)
+        old, restored = _segments(x, count), _segments(state.tensor, count)
         state.grad = grad
         if not ctx.residual and not ordered:
             grad.zero_()
         retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         param_grads: List[Optional[torch.Tensor]] = []
-        for index in reversed(range(len(ctx.edges))):
-            edge, leaf, params = ctx.edges[index], ctx.leaves[index], ctx.unit_params[index]
+        for index in reversed(range(count)):
+            unit = ctx.units[index]
+            params = list(unit.parameters())
             if ordered:
                 restored[index].copy_(old[index])
             # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
             out_grad = out_grads[index].clone(memory_format=_memory_format(x))
             if not ctx.residual and ordered:
                 out_grads[index].zero_()
-            if edge is None:
-                param_grads[:0] = [None] * len(params)
-                continue
-            wanted = [t for t in (leaf, *params) if t.requires_grad]
-            grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
-            found = dict(zip(map(id, wanted), grads))
+            if ctx.recompute:
+                surroundings, needs_grad = ctx.recorded[index]
+                # A second call in training mode would count the batch twice in BatchNorm's statistics.
+                buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
+                with surroundings.restored():
+                    _, leaf, edge = _record_unit(unit, index, state, restored[index], needs_grad)
+            else:
+                leaf, edge = ctx.recorded[index]
+            found = {}
+            if edge is not None:
+                wanted = [t for t in (leaf, *params) if t.requires_grad]
+                grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
+                found = dict(zip(map(id, wanted), grads))
             if found.get(id(leaf)) is not None:
                 grad.add_(found[id(leaf)])
             param_grads[:0] = [found.get(id(p)) for p in params]
+            if ctx.recompute:
+                # Only now: the graph just used watches its buffers for changes.
+                for buffer, before in buffers:
+                    buffer.copy_(before)
         state.tensor = state.grad = None
-        return grad if ctx.needs_input_grad[0] else None, None, None, None, *param_grads
+        return grad if ctx.needs_input_grad[0] else None, None, None, None, None, *param_grads
 
 
 def gradual_update(
@@ -241,6 +291,7 @@ def gradual_update(
         units: Sequence[nn.Module],
         residual: bool = True,
         ordered: bool = True,
+        recompute: bool = False,
 ) -> torch.Tensor:
     """Run the units one after another on one running state, differentiably, keeping 2C channels beside the units' own.
 
@@ -253,6 +304,8 @@ def gradual_update(
             unit only.
         residual: Add a unit's output to its segment's old value instead of replacing it.
         ordered: Let each unit read what the units before it updated; with False all of them read x.
+        recompute: Keep nothing but 2C channels, and call each unit once more in backward. Random numbers are drawn, and
+            BatchNorm statistics updated, as if it had been called once.
 
     Returns:
         Output of shape (N, C, H, W).
@@ -262,4 +315,4 @@ def gradual_update(
             unit changes its input in place.
     """
     params = [p for unit in units for p in unit.parameters()]
-    return _GradualUpdate.apply(x, units, residual, ordered, *params)
+    return _GradualUpdate.apply(x, units, residual, ordered, recompute, *params)

@@ -18,8 +18,6 @@ from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, cre
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
-    checkpoint,
-    checkpoint_seq,
     generate_default_cfgs,
     named_apply,
     register_model,
@@ -145,7 +143,6 @@ class Gunn(nn.Module):
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, **dd)
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.grad_checkpointing = False
 
         stem_chs = 64
         self.feature_info: List[Dict[str, Any]] = []
@@ -221,8 +218,12 @@ class Gunn(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each stage in backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        """Recompute the units of each layer in backward instead of keeping their activations.
+
+        The layers do that themselves and not stage by stage, so that BatchNorm statistics are updated once a step.
+        """
+        for stage in self.stages:
+            stage.layer.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -287,10 +288,7 @@ class Gunn(nn.Module):
                 break
         stages = self.stages[:max_index + 1 - num_stem_maps] if stop_early else self.stages
         for i, stage in enumerate(stages):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(stage, x)
-            else:
-                x = stage(x)
+            x = stage(x)
             if i + num_stem_maps in take_indices:
                 intermediates.append(x)
 
@@ -335,12 +333,7 @@ class Gunn(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (N, in_chans, H, W) to features (N, num_features, H / output_stride, W / output_stride)."""
-        x = self.stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x)
-        else:
-            x = self.stages(x)
-        return self.final_conv(x)
+        return self.final_conv(self.stages(self.stem(x)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Map features to logits (N, num_classes), or to the pooled features (N, head_hidden_size) if `pre_logits`."""

@@ -6,8 +6,9 @@ from typing import Sequence, Union
 
 import torch
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
-from timm.models import register_notrace_module
+from timm.models import checkpoint, register_notrace_module
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .gradual import gradual_update, update_in_place
 
@@ -57,6 +58,19 @@ class ConvNormAct(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
         return self.act(self.bn(self.conv(x)))
+
+    def reparameterize(self) -> None:
+        """Fold the norm's statistics into the convolution, for inference; `timm.models.reparameterize_model` calls it.
+
+        Raises:
+            ValueError: The norm is no BatchNorm2d in eval mode, so there is nothing fixed to fold.
+        """
+        if isinstance(self.bn, nn.Identity):
+            return
+        if not isinstance(self.bn, nn.BatchNorm2d) or self.bn.training:
+            raise ValueError(f'Only a BatchNorm2d in eval mode can be folded; call eval() first. Got {self.bn}.')
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = nn.Identity()
 
 
 class Bottleneck(nn.Module):
@@ -198,6 +212,7 @@ class GunnLayer(nn.Module):
         self.ordered = ordered
         self.residual = residual
         self.backend = 'auto'
+        self.grad_checkpointing = False
         rates = [drop_path] * num_segments if isinstance(drop_path, (int, float)) else drop_path
         self.units = nn.ModuleList([
             UpdateUnit(
@@ -237,9 +252,11 @@ class GunnLayer(nn.Module):
                 x = x.to(torch.get_autocast_dtype(device_type))
             backend = self._choose_backend(x)
             if backend == 'gradual':
-                return gradual_update(x, self.units, self.residual, self.ordered)
+                return gradual_update(x, self.units, self.residual, self.ordered, self.grad_checkpointing)
             if backend == 'in_place':
                 return update_in_place(x, self.units, self.residual, self.ordered)
+            if self.grad_checkpointing:
+                return checkpoint(self._forward_plain, x)
         return self._forward_plain(x)
 
     def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ def main() -> int:
     here = Path(__file__).parent
     selection = 'gunn or sunn' if args.all else f'(gunn or sunn) and ({CONFIGS}) or gunn15 and not nores'
     command = [
-        sys.executable, '-m', 'pytest', '-q', '-n', 'auto', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-W', 'ignore',
-        'tests/test_models.py', '-k', selection, '--durations', '10',
+        sys.executable, '-m', 'pytest', '-q', '-n', 'auto', '-p', 'timm_plugin', '-p', 'no:cacheprovider',
+        '-W', 'ignore', '--durations', '10', 'tests/test_models.py', '-k', selection,
     ]
     path = os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))
     return subprocess.run(command, cwd=args.source, env=dict(os.environ, PYTHONPATH=path)).returncode

@@ -160,6 +160,37 @@ def test_frozen_parameters(frozen, input_grad):
         assert relative(inputs[0].grad, inputs[1].grad) <= 1e-13
 
 
+@pytest.mark.parametrize('dtype', [torch.double, torch.bfloat16])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_recomputing_changes_nothing(variant, dtype):
+    kept = make_layer(variant, torch.float if dtype == torch.bfloat16 else dtype)
+    recomputed = copy.deepcopy(kept)
+    recomputed.grad_checkpointing = True
+    inputs = [make_input(dtype=kept.units[0].blocks[0].conv1.conv.weight.dtype).requires_grad_() for _ in range(2)]
+    for layer, x in zip((kept, recomputed), inputs):
+        torch.manual_seed(3)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer(x)
+        torch.rand(5)
+        y.float().square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    for (name, p), q in zip(kept.named_parameters(), recomputed.named_parameters()):
+        assert torch.equal(p.grad, q[1].grad), name
+    for (name, b), c in zip(kept.named_buffers(), recomputed.buffers()):
+        assert torch.equal(b, c), name
+
+
+def test_recomputing_leaves_the_random_numbers_alone():
+    layer = make_layer('drop_path')
+    layer.grad_checkpointing = True
+    y = layer(make_input())
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    y.sum().backward()
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_autograd_grad_and_accumulation():
     gradual, plain = twins('cifar')
     grads = []
@@ -207,9 +238,10 @@ def test_autocast_is_no_further_off_than_concatenation(memory_format):
     assert errors['gradual'].max() <= 2 * errors['plain'].max()
 
 
-def held_bytes(num_segments: int, channels: int, backend: str) -> int:
+def held_bytes(num_segments: int, channels: int, backend: str, grad_checkpointing: bool = False) -> int:
     """Bytes that a layer's forward leaves allocated, its output among them."""
     layer = GunnLayer(channels, num_segments, shortcut=True)
+    layer.grad_checkpointing = grad_checkpointing
     set_backend(layer, backend)
     x = torch.randn(4, channels, 16, 16, requires_grad=True)
     layer(x)
@@ -228,6 +260,9 @@ def test_memory_is_flat_in_segments_and_linear_in_channels():
     assert held_bytes(16, 64, 'plain') - held_bytes(4, 64, 'plain') >= 11 * state
     # The units keep 10 values a channel: 2, 2, 2, 2 and 1 in the block, for K = 2, and 1 in the shortcut.
     assert 10 * state <= few <= 12 * state
+    # Recomputed, the units keep nothing but where the random numbers stood.
+    random_state = torch.get_rng_state().numel()
+    assert held_bytes(16, 64, 'gradual', grad_checkpointing=True) <= state + 16 * random_state
     assert held_bytes(8, 128, 'gradual') == pytest.approx(2 * held_bytes(8, 64, 'gradual'), rel=0.02)
 
 

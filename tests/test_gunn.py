@@ -272,6 +272,20 @@ def test_sync_batchnorm_conversion():
         torch.testing.assert_close(converted(x), expected)
 
 
+def test_reparameterized_model_is_the_same(tiny_name):
+    model = create_tiny(tiny_name).double().eval()
+    x = images(model).double()
+    folded = timm.models.reparameterize_model(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    with torch.inference_mode():
+        assert relative(folded(x), model(x)) <= EXACT
+    assert relative(torch.export.export(folded, (x,)).module()(x), model(x)) <= EXACT
+    again = timm.models.reparameterize_model(folded)
+    assert torch.equal(again(x), folded(x))
+    with pytest.raises(ValueError, match='call eval'):
+        timm.models.reparameterize_model(model.train())
+
+
 def test_freezing_batchnorm_takes_effect():
     model = create_tiny('gunn15').train()
     x = images(model)

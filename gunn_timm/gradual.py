@@ -42,18 +42,33 @@ class _State:
     """The running state of one layer, which its units read, and in backward the gradient of that state."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.tensor: Optional[torch.Tensor] = tensor
+        self.size, self.stride = tensor.size(), tensor.stride()
         self.grad: Optional[torch.Tensor] = None
-        self.storage_ptr = tensor.untyped_storage().data_ptr()
+        self.set(tensor)
+
+    def set(self, tensor: Optional[torch.Tensor]) -> None:
+        self.tensor = tensor
+        if tensor is not None:
+            self.storage_ptr = tensor.untyped_storage().data_ptr()
+
+    def restore(self, saved: torch.Tensor, copy: bool) -> None:
+        """Take up a saved tensor, in the layout of old: hooks of the user's may have saved it in another."""
+        if copy or saved.stride() != self.stride:
+            dense = torch.empty_strided(self.size, self.stride, dtype=saved.dtype, device=saved.device)
+            saved = dense.copy_(saved)
+        self.set(saved)
 
     # As saved-tensor hooks these two keep a view's place in the state instead of the state.
     def pack(self, saved: torch.Tensor) -> Union[_View, torch.Tensor]:
         if saved.untyped_storage().data_ptr() == self.storage_ptr:
-            return saved.size(), saved.stride(), saved.storage_offset()
+            return saved.size(), saved.stride(), saved.storage_offset() - self.tensor.storage_offset()
         return saved
 
     def unpack(self, packed: Union[_View, torch.Tensor]) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else self.tensor.as_strided(*packed)
+        if isinstance(packed, torch.Tensor):
+            return packed
+        size, stride, offset = packed
+        return self.tensor.as_strided(size, stride, self.tensor.storage_offset() + offset)
 
 
 class _PointwiseConv(torch.autograd.Function):
@@ -70,7 +85,8 @@ class _PointwiseConv(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> Tuple[None, Optional[torch.Tensor], None]:
         weight, = ctx.saved_tensors
         x, grad_x = ctx.state.tensor, ctx.state.grad
-        matrix = weight.flatten(1).to(grad_out.dtype)
+        # Under autocast the convolution's dtype may be another than the state's.
+        grad_out, matrix = grad_out.to(x.dtype), weight.flatten(1).to(x.dtype)
         if _is_channels_last(x):
             rows = _as_rows(grad_out)
             if ctx.needs_input_grad[0]:
@@ -82,8 +98,8 @@ class _PointwiseConv(torch.autograd.Function):
                 grad_x.view(*grad_x.shape[:2], -1).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
             grad_weight = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
-            # DDP wants a gradient strided like its parameter; of a 1x1 kernel all dense layouts are one.
-            grad_weight = grad_weight.to(weight.dtype).contiguous().as_strided(weight.size(), weight.stride())
+            # DDP wants a gradient strided like its parameter.
+            grad_weight = torch.empty_like(weight).copy_(grad_weight.view_as(weight))
         return None, grad_weight, None
 
 
@@ -180,9 +196,10 @@ def _record_unit(
 
 
 class _Surroundings:
-    """What a call of a unit depends on beside its input: random numbers, autocast."""
+    """What a call of a unit depends on beside its input: random numbers, autocast, parameters, mode."""
 
-    def __init__(self, x: torch.Tensor):
+    def __init__(self, x: torch.Tensor, unit: nn.Module, params: Sequence[torch.Tensor]):
+        self.unit, self.params, self.training = unit, params, unit.training
         self.device = x.device
         self.autocast = (torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
         self.cpu_rng = torch.get_rng_state()
@@ -192,6 +209,10 @@ class _Surroundings:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
+        if self.unit.training != self.training or any(p is not q for p, q in zip(self.unit.parameters(), self.params)):
+            raise RuntimeError(
+                'Gradient checkpointing calls the units again in backward; their mode and parameters must be what they '
+                'were in forward.')
         dtype, enabled = self.autocast
         devices = [] if self.device_rng is None else [self.device]
         with torch.random.fork_rng(devices, device_type=self.device.type if devices else 'cuda'), \
@@ -220,16 +241,18 @@ class _GradualUpdate(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         recorded: List[Any] = []
         for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
+            # Kept, for in backward the module may hold others: `torch.func.functional_call` lends it some for forward.
+            own = list(unit.parameters())
             if recompute:
-                recorded.append((_Surroundings(x), needs_grad))
+                recorded.append((own, needs_grad, _Surroundings(x, unit, own)))
                 out = _call_unit(unit, index, state.tensor, state.tensor, segment)
             else:
                 out, leaf, edge = _record_unit(unit, index, state, segment, needs_grad)
-                recorded.append((leaf, edge))
+                recorded.append((own, leaf, edge))
             _update_segment(segment, out, residual)
-            needs_grad = needs_grad or ordered and any(p.requires_grad for p in unit.parameters())
+            needs_grad = needs_grad or ordered and any(p.requires_grad for p in own)
         # The state is x and y from here on: these are watched for changes by the engine and freed by it.
-        state.tensor = None
+        state.set(None)
         ctx.save_for_backward(x, y if ordered else None)
         ctx.state, ctx.units, ctx.residual, ctx.recompute, ctx.recorded = state, units, residual, recompute, recorded
         return y
@@ -240,9 +263,7 @@ class _GradualUpdate(torch.autograd.Function):
         x, y = ctx.saved_tensors
         ordered = y is not None
         state, count = ctx.state, len(ctx.units)
-        state.tensor = y.clone() if ordered else x
-        if ctx.recompute:
-            state.storage_ptr = state.tensor.untyped_storage().data_ptr()
+        state.restore(y if ordered else x, copy=ordered)
         # Laid out as the state is, which what adds to it relies on, not as the gradient happens to come.
         grad = torch.empty_like(x, memory_format=_memory_format(x)).copy_(grad_y)
         # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
@@ -254,8 +275,6 @@ class _GradualUpdate(torch.autograd.Function):
         retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         param_grads: List[Optional[torch.Tensor]] = []
         for index in reversed(range(count)):
-            unit = ctx.units[index]
-            params = list(unit.parameters())
             if ordered:
                 restored[index].copy_(old[index])
             # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
@@ -263,16 +282,17 @@ class _GradualUpdate(torch.autograd.Function):
             if not ctx.residual and ordered:
                 out_grads[index].zero_()
             if ctx.recompute:
-                surroundings, needs_grad = ctx.recorded[index]
+                params, needs_grad, surroundings = ctx.recorded[index]
+                unit = ctx.units[index]
                 # A second call in training mode would count the batch twice in BatchNorm's statistics.
                 buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
                 with surroundings.restored():
                     _, leaf, edge = _record_unit(unit, index, state, restored[index], needs_grad)
             else:
-                leaf, edge = ctx.recorded[index]
+                params, leaf, edge = ctx.recorded[index]
             found = {}
-            if edge is not None:
-                wanted = [t for t in (leaf, *params) if t.requires_grad]
+            wanted = [t for t in (leaf, *params) if t.requires_grad]
+            if edge is not None and wanted:
                 grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
                 found = dict(zip(map(id, wanted), grads))
             if found.get(id(leaf)) is not None:
@@ -282,7 +302,8 @@ class _GradualUpdate(torch.autograd.Function):
                 # Only now: the graph just used watches its buffers for changes.
                 for buffer, before in buffers:
                     buffer.copy_(before)
-        state.tensor = state.grad = None
+        state.set(None)
+        state.grad = None
         return grad if ctx.needs_input_grad[0] else None, None, None, None, None, *param_grads
 
 
@@ -300,8 +321,7 @@ def gradual_update(
 
     Args:
         x: Input of shape (N, C, H, W); it is not changed.
-        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W). A parameter belongs to one
-            unit only.
+        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W).
         residual: Add a unit's output to its segment's old value instead of replacing it.
         ordered: Let each unit read what the units before it updated; with False all of them read x.
         recompute: Keep nothing but 2C channels, and call each unit once more in backward. Random numbers are drawn, and

@@ -220,7 +220,8 @@ class Gunn(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the units of each layer in backward instead of keeping their activations.
 
-        The layers do that themselves and not stage by stage, so that BatchNorm statistics are updated once a step.
+        The layers do that themselves and not stage by stage, so that BatchNorm statistics are updated once a step. A
+        layer that runs by plain concatenation keeps its activations, unless it is compiled.
         """
         for stage in self.stages:
             stage.layer.grad_checkpointing = enable
@@ -447,7 +448,7 @@ def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('gunn15', pretrained, **dict(_GUNN15, **kwargs))
+    return _create_gunn('gunn15', pretrained, **{**_GUNN15, **kwargs})
 
 
 @register_model
@@ -458,7 +459,7 @@ def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('gunn24', pretrained, **dict(_GUNN24, **kwargs))
+    return _create_gunn('gunn24', pretrained, **{**_GUNN24, **kwargs})
 
 
 @register_model
@@ -469,7 +470,7 @@ def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('gunn18', pretrained, **dict(_GUNN18, **kwargs))
+    return _create_gunn('gunn18', pretrained, **{**_GUNN18, **kwargs})
 
 
 @register_model
@@ -480,7 +481,7 @@ def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('wide_gunn18', pretrained, **dict(_WIDE_GUNN18, **kwargs))
+    return _create_gunn('wide_gunn18', pretrained, **{**_WIDE_GUNN18, **kwargs})
 
 
 @register_model
@@ -491,7 +492,7 @@ def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('sunn15', pretrained, **dict(_GUNN15, ordered=False, **kwargs))
+    return _create_gunn('sunn15', pretrained, **{**_GUNN15, 'ordered': False, **kwargs})
 
 
 @register_model
@@ -502,7 +503,7 @@ def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('sunn24', pretrained, **dict(_GUNN24, ordered=False, **kwargs))
+    return _create_gunn('sunn24', pretrained, **{**_GUNN24, 'ordered': False, **kwargs})
 
 
 @register_model
@@ -513,7 +514,7 @@ def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('sunn18', pretrained, **dict(_GUNN18, ordered=False, **kwargs))
+    return _create_gunn('sunn18', pretrained, **{**_GUNN18, 'ordered': False, **kwargs})
 
 
 @register_model
@@ -524,4 +525,4 @@ def gunn15_nores(pretrained: bool = False, **kwargs: Any) -> Gunn:
         pretrained: Load weights, of the default tag unless `pretrained_cfg` names another.
         kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
     """
-    return _create_gunn('gunn15_nores', pretrained, **dict(_GUNN15, residual=False, **kwargs))
+    return _create_gunn('gunn15_nores', pretrained, **{**_GUNN15, 'residual': False, **kwargs})

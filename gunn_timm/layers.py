@@ -8,7 +8,7 @@ import torch
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .gradual import gradual_update, update_in_place
 
@@ -60,16 +60,15 @@ class ConvNormAct(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def reparameterize(self) -> None:
-        """Fold the norm's statistics into the convolution, for inference; `timm.models.reparameterize_model` calls it.
+        """Fold the norm's running statistics into the convolution, for inference, whatever mode the module is in.
 
-        Raises:
-            ValueError: The norm is no BatchNorm2d in eval mode, so there is nothing fixed to fold.
+        `timm.models.reparameterize_model` calls it. A norm without running statistics is left as it is.
         """
-        if isinstance(self.bn, nn.Identity):
+        bn = self.bn
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None:
             return
-        if not isinstance(self.bn, nn.BatchNorm2d) or self.bn.training:
-            raise ValueError(f'Only a BatchNorm2d in eval mode can be folded; call eval() first. Got {self.bn}.')
-        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
+            self.conv.weight, self.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         self.bn = nn.Identity()
 
 
@@ -165,7 +164,7 @@ class GunnLayer(nn.Module):
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
     There are three ways to run that, all with the same result: concatenating before every unit (what tracing,
-    scripting, exporting and compiling see), updating one state in place (no gradient wanted), and Algorithm 1.
+    scripting, exporting, compiling and hooks see), updating one state in place (no gradient wanted), and Algorithm 1.
 
     Args:
         channels: Channels of the layer, N of the paper.
@@ -181,7 +180,7 @@ class GunnLayer(nn.Module):
         norm_layer: Normalisation.
 
     Raises:
-        ValueError: `num_segments` does not divide `channels`, or either is below 1.
+        ValueError: `num_segments` does not divide `channels`, either is below 1, or there are not as many rates.
     """
     ordered: torch.jit.Final[bool]
     residual: torch.jit.Final[bool]
@@ -213,7 +212,9 @@ class GunnLayer(nn.Module):
         self.residual = residual
         self.backend = 'auto'
         self.grad_checkpointing = False
-        rates = [drop_path] * num_segments if isinstance(drop_path, (int, float)) else drop_path
+        rates = [drop_path] * num_segments if isinstance(drop_path, (int, float)) else list(drop_path)
+        if len(rates) != num_segments:
+            raise ValueError(f'drop_path must be one rate, or one for each of {num_segments} segments; got {rates}.')
         self.units = nn.ModuleList([
             UpdateUnit(
                 channels,
@@ -255,7 +256,7 @@ class GunnLayer(nn.Module):
                 return gradual_update(x, self.units, self.residual, self.ordered, self.grad_checkpointing)
             if backend == 'in_place':
                 return update_in_place(x, self.units, self.residual, self.ordered)
-            if self.grad_checkpointing:
+            if self.grad_checkpointing and torch.compiler.is_compiling():
                 return checkpoint(self._forward_plain, x)
         return self._forward_plain(x)
 
@@ -270,14 +271,23 @@ class GunnLayer(nn.Module):
 
     @torch.jit.unused
     def _choose_backend(self, x: torch.Tensor) -> str:
+        parameters = list(self.parameters())
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             best, reason = 'plain', 'the layer is being traced, exported or compiled'
         elif x.device.type == 'meta' or not x.numel():
             best, reason = 'plain', 'the input has no memory'
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+        elif type(x) not in (torch.Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
+            best, reason = 'plain', 'the input is no ordinary tensor'
+        elif getattr(self, '_is_replica', False):
+            # Of nn.DataParallel: what it computes with are no parameters of its own.
+            best, reason = 'plain', 'the layer is a replica'
+        elif any(m._forward_hooks or m._forward_pre_hooks for m in self.units.modules()):
+            # The inputs that a hook may keep are the running state, which goes on changing.
+            best, reason = 'plain', 'a module of a unit has hooks'
+        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
             best, reason = 'gradual', 'a gradient is wanted'
             # Differentiating unit by unit hands a parameter's hooks its gradient once more than the engine does.
-            if any(p._backward_hooks for p in self.parameters()):
+            if any(p._backward_hooks for p in parameters):
                 best, reason = 'plain', 'a parameter has gradient hooks'
         else:
             best, reason = 'in_place', 'no gradient is wanted'

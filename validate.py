@@ -13,8 +13,9 @@ import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
@@ -22,8 +23,11 @@ from timm.utils import AverageMeter, accuracy, check_batch_size_retry, decay_bat
 from tqdm import tqdm
 
 import gunn_timm  # noqa: F401
+from gunn_timm._timm import search_split
 from gunn_timm.inference import create_model
-from gunn_timm.weights import load_checkpoint, weights_records
+from gunn_timm.weights import WeightsRecord, load_checkpoint, weights_records
+
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,12 +64,16 @@ def _create_dataset(args: argparse.Namespace, num_classes: int) -> Any:
     root = Path(args.data_dir)
     if not root.exists():
         raise FileNotFoundError(f"No data at '{root}'.")
-    if not args.dataset and root.is_dir() and not (root / args.split).is_dir():
-        # timm would go on with every image below the folder, whatever its split.
+    # timm would go on with every image in the folder or file, whatever its split.
+    if not args.dataset and root.is_dir() and search_split(str(root), args.split) == str(root):
         found = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or 'none'
         raise ValueError(f"'{root}' has no folder for the split '{args.split}'; folders there: {found}.")
-    dataset = create_dataset(
-        args.dataset, root=str(root), split=args.split, download=args.dataset_download or None)
+    if not args.dataset and root.is_file() and tarfile.is_tarfile(root):
+        with tarfile.open(root) as tar:
+            found = sorted({name.lstrip('./').split('/')[0] for name in tar.getnames()} & set(_SPLITS))
+        if len(found) > 1:
+            raise ValueError(f"'{root}' holds several splits, {', '.join(found)}; give a tar file of one.")
+    dataset = create_dataset(args.dataset, root=str(root), split=args.split, download=args.dataset_download)
     classes = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     if classes and len(classes) != num_classes:
         raise ValueError(
@@ -111,7 +119,15 @@ def _evaluate(
     return dict(top1=top1.avg, top5=top5.avg, images=top1.count)
 
 
-def validate(args: argparse.Namespace) -> Dict[str, Any]:
+def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optional[WeightsRecord]:
+    """Find the record that the result can be compared with: of these weights, measured in their own way."""
+    if args.checkpoint or args.img_size or args.crop_pct or args.interpolation or args.num_classes is not None:
+        return None
+    cfg = model.pretrained_cfg
+    return weights_records().get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
+
+
+def validate(args: argparse.Namespace) -> Tuple[Dict[str, Any], Optional[WeightsRecord]]:
     """Evaluate the model that the arguments name.
 
     Args:
@@ -119,13 +135,18 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
 
     Returns:
         Result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
-        crop_pct, interpolation; and the number of images.
+        crop_pct, interpolation; and the number of images. Then the record to compare it with, if there is one.
 
     Raises:
-        ValueError: The data, the checkpoint or the model's name is not what it should be.
+        ValueError: The data, the checkpoint, the model's name or an argument is not what it should be.
+        RuntimeError: The model has no weights.
     """
     kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
     model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    record = _published_record(args, model)
+    if args.check and record is None:
+        raise ValueError(
+            f"--check needs published weights, as they are: '{args.model}' with these arguments has no record.")
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     data_config = resolve_data_config(
@@ -144,7 +165,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
                 raise
             print(f'batch size {batch_size} does not fit, trying {smaller}', file=sys.stderr)
             batch_size = smaller
-    return dict(
+    results = dict(
         model=args.model,
         top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
         top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
@@ -154,6 +175,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],
     )
+    return results, record
 
 
 def _write_results(path: str, results_format: str, results: Dict[str, Any]) -> None:
@@ -181,13 +203,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        record = None
-        if not args.checkpoint:
-            record = weights_records().get(args.model) or next(
-                (r for name, r in weights_records().items() if name.split('.')[0] == args.model), None)
-        if args.check and record is None:
-            raise ValueError(f"--check needs published weights, and '{args.model}' as given has no record.")
-        results = validate(args)
+        results, record = validate(args)
         if args.results_file:
             _write_results(args.results_file, args.results_format, results)
     except (OSError, RuntimeError, ValueError) as e:

@@ -1,3 +1,3 @@
-"""The names used from timm that are not part of what it documents, kept in one place for the day one of them moves."""
-from timm.models._features import feature_take_indices as feature_take_indices
-from timm.task import ClassificationTask as ClassificationTask
+"""The private names used from timm, kept in one place for the day one of them moves."""
+from timm.data.dataset_factory import _search_split as search_split  # noqa: F401
+from timm.models._features import feature_take_indices  # noqa: F401

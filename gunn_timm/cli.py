@@ -79,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Also distributed: torchrun --nproc_per_node 2 -m gunn_timm run train.py ...")
     command.add_argument('script', metavar='SCRIPT', help='path of the script')
     command.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
-    command.set_defaults(function=lambda args: run_script(args.script, args.args))
     return parser
 
 
@@ -93,13 +92,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit code: 0, or 2 where the input is at fault, after one line on stderr. `run` exits as its script does.
     """
     args = _parser().parse_args(argv)
-    if args.command == 'run' and Path(args.script).is_file():
-        # Not inside the try: a script's own errors are its own.
-        run_script(args.script, args.args)
-        return 0
     try:
-        args.function(args)
+        if args.command != 'run':
+            args.function(args)
+        elif not Path(args.script).is_file():
+            raise FileNotFoundError(f"No script '{args.script}'; give the path of a Python file, timm's train.py say.")
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
+    if args.command == 'run':
+        # Not inside the try: a script's own errors are its own.
+        run_script(args.script, args.args)
     return 0

@@ -27,8 +27,9 @@ def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
     """
     source, _ = timm.models.parse_model_name(name)
     if source is None:
+        architecture, tag = timm.models.split_model_name_tag(name)
         names = timm.list_models() + timm.list_models(include_tags=True)
-        if name not in names:
+        if name not in names and (tag or not timm.is_model(architecture)):
             nearest = difflib.get_close_matches(name, names, n=3)
             raise ValueError(f"No model '{name}'" + (f"; nearest: {', '.join(nearest)}." if nearest else '.'))
     return timm.create_model(name, **kwargs).eval()
@@ -38,26 +39,29 @@ def read_image(path: Union[str, Path]) -> Image.Image:
     """Read an image file as RGB, upright, transparency on white.
 
     Args:
-        path: File in any format that Pillow reads; 16-bit greyscale keeps its whole range.
+        path: File in any format that Pillow reads, of 8 or 16 bits a channel; 16-bit greyscale keeps its whole range.
 
     Returns:
         Image in mode RGB.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no image, or only part of one.
+        ValueError: The file is no image, or only part of one, or one of 32 bits, whose range is not known.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"No image '{path}'.")
     try:
         with Image.open(path) as opened:
+            opened.load()
             image = ImageOps.exif_transpose(opened)
-            image.load()
+            image.format = opened.format
     except Exception as e:  # Pillow's decoders raise what they like
         raise ValueError(f"'{path}' is not an image that can be read ({e}).") from e
-    if image.mode.startswith('I'):
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):
         # Pillow would clip 16 bits to 8 instead of scaling.
         image = image.convert('I').point(lambda value: value / 257).convert('L')
+    if image.mode in ('I', 'F'):
+        raise ValueError(f"'{path}' is an image of 32 bits; accepted are 8 and 16 bits a channel.")
     if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -82,9 +86,12 @@ def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: int = 5
     if not 1 <= topk <= model.num_classes:
         raise ValueError(f'topk must be from 1 to the number of classes, {model.num_classes}; got {topk}.')
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    labels = model.pretrained_cfg.get('label_names') or [f'class {i}' for i in range(model.num_classes)]
-    probabilities = model(torch.stack([transform(image) for image in images])).softmax(dim=1)
-    return [
-        [dict(index=i, label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
-        for top in (row.topk(topk) for row in probabilities)
-    ]
+    labels = model.pretrained_cfg.get('label_names') or ()
+    if len(labels) != model.num_classes:  # as after fine-tuning on other classes
+        labels = [f'class {i}' for i in range(model.num_classes)]
+    results = []
+    for image in images:
+        top = model(transform(image).unsqueeze(0))[0].softmax(dim=0).topk(topk)
+        results.append([
+            dict(index=i, label=labels[i], probability=p) for p, i in zip(top.values.tolist(), top.indices.tolist())])
+    return results

@@ -2,8 +2,7 @@
 
     python tests/run_timm_tests.py TIMM_SOURCE [--all]
 
-Without --all the wide models, and the ones that differ from another in one flag, take only the tests that build no
-weights; the rest of theirs takes an hour on two cores.
+Without --all the light models take every test, and the rest the one that needs no values.
 """
 import argparse
 import os
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 CONFIGS = 'test_model_default_cfgs'
+LIGHT = 'gunn15 or sunn15'
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument('--all', action='store_true', help='every test over every model')
     args = parser.parse_args()
     here = Path(__file__).parent
-    selection = 'gunn or sunn' if args.all else f'(gunn or sunn) and ({CONFIGS}) or gunn15 and not nores'
+    selection = 'gunn or sunn' if args.all else f'(gunn or sunn) and ({CONFIGS}) or {LIGHT}'
     command = [
         sys.executable, '-m', 'pytest', '-q', '-n', 'auto', '-p', 'timm_plugin', '-p', 'no:cacheprovider',
         '-W', 'ignore', '--durations', '10', 'tests/test_models.py', '-k', selection,

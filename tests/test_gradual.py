@@ -298,6 +298,91 @@ def test_errors_instead_of_wrong_gradients():
         y.sum().backward()
 
 
+def test_functional_call():
+    gradual, plain = twins('cifar')
+    set_backend(gradual, 'auto')
+    grads = []
+    for layer in (gradual, plain):
+        lent = {n: (2 * p.detach()).requires_grad_() for n, p in layer.named_parameters()}
+        torch.func.functional_call(layer, lent, (make_input(),)).square().sum().backward()
+        assert all(p.grad is None for p in layer.parameters())
+        grads.append([p.grad for p in lent.values()])
+    assert all(relative(a, b) <= 1e-13 for a, b in zip(*grads))
+
+
+def test_parameters_frozen_between_forward_and_backward():
+    layer, _ = twins('cifar')
+    loss = layer(make_input()).square().sum()
+    layer.units[1].requires_grad_(False)
+    loss.backward()
+    assert all((p.grad is None) is n.startswith('units.1') for n, p in layer.named_parameters())
+
+
+def test_recomputing_needs_the_mode_of_forward():
+    layer, _ = twins('cifar')
+    layer.grad_checkpointing = True
+    loss = layer.eval()(make_input()).sum()
+    layer.train()
+    with pytest.raises(RuntimeError, match='their mode and parameters must be what they were in forward'):
+        loss.backward()
+
+
+def test_transforms_and_replicas_run_plain():
+    layer = make_layer('cifar').eval()
+    x = make_input()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(parameters, x)
+    layer(x).square().sum().backward()
+    assert all(relative(grads[n], p.grad) <= 1e-13 for n, p in parameters.items())
+    with torch.no_grad():
+        each = torch.func.vmap(lambda image: layer(image[None])[0])(x)
+        assert relative(each, layer(x)) <= 1e-13
+    replica = layer._replicate_for_data_parallel()
+    assert replica._choose_backend(x) == 'plain'
+
+
+def test_hooks_may_keep_what_they_see():
+    gradual, plain = twins('cifar')
+    set_backend(gradual, 'auto')
+    seen = []
+    for layer in (gradual, plain):
+        kept = []
+        for unit in layer.units:
+            unit.register_forward_hook(lambda module, args, out, kept=kept: kept.append(args[0]))
+        layer(make_input())
+        seen.append(kept)
+    assert all(torch.equal(a, b) for a, b in zip(*seen)) and len(seen[0]) == 3
+
+
+def test_saved_tensors_in_another_layout():
+    gradual, plain = twins('cifar')
+    inputs = [make_input('channels_last').requires_grad_() for _ in range(2)]
+    for layer in (gradual, plain):
+        for unit in layer.units:  # with a bias a convolution is differentiated by autograd
+            unit.shortcut.conv.bias = nn.Parameter(torch.ones(4, dtype=torch.double))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        losses = [layer(x).square().sum() for layer, x in zip((gradual, plain), inputs)]
+    for loss in losses:
+        loss.backward()
+    assert relative(inputs[0].grad, inputs[1].grad) <= 1e-13
+
+
+def test_float_state_under_autocast():
+    layer = make_layer('cifar', torch.float)
+    x = make_input(dtype=torch.float).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        y = gradual_update(x, layer.units)
+    y.square().sum().backward()
+    expected = make_input(dtype=torch.float).requires_grad_()
+    layer(expected).square().sum().backward()
+    # Two decimals are what bfloat16 has.
+    assert y.dtype == torch.float and relative(x.grad, expected.grad) < 0.05
+
+
 class Scale(nn.Module):
     """A unit that is no convolution: it reads the state in another way."""
 

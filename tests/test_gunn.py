@@ -65,6 +65,15 @@ def test_default_cfgs(name):
     assert bool(cfg.has_weights) is (name in weights_records())
 
 
+def test_arguments_of_an_entry_point_can_be_overridden():
+    model = timm.create_model('sunn15', ordered=True, segments=(10, 10, 10), device='meta')
+    assert model.stages[0].layer.ordered and model.stages[0].layer.num_segments == 10
+
+
+def test_gunn15_has_weights():
+    assert 'gunn15.cifar10' in weights_records()
+
+
 def test_pretrained_without_weights_says_what_exists():
     with pytest.raises(RuntimeError) as error:
         timm.create_model('gunn24', pretrained=True)
@@ -129,7 +138,7 @@ def test_features_only(name, feature_cls):
     x = images(full, size=(96, 64))
     expected = full.forward_intermediates(x, intermediates_only=True)
     everything = list(range(len(expected)))
-    for out_indices in [everything] + ([[i] for i in everything] if feature_cls in ('list', 'getter') else []):
+    for out_indices in [everything] + [[i] for i in everything]:
         model = create_tiny(name, features_only=True, out_indices=out_indices, feature_cls=feature_cls).eval()
         prefix = {'list': '', 'getter': 'model.', 'hook': '', 'fx': 'graph_module.'}[feature_cls]
         weights = full.state_dict()
@@ -169,7 +178,10 @@ def test_odd_sizes_and_batch_of_one(name, size):
 
 @pytest.mark.parametrize('kind', ['channels_last', 'bfloat16', 'autocast'])
 def test_layouts_and_precisions(tiny_name, kind):
-    """The chosen way may be at most twice as far from float64 as concatenation is at the same precision."""
+    """The chosen way may be at most twice as far from float64 as concatenation is at the same precision.
+
+    Concatenation itself may be off by what some tens of layers of that precision's rounding add up to.
+    """
     model = create_tiny(tiny_name).eval()
     x = images(model)
     exact = copy.deepcopy(model).double()(x.double())
@@ -186,6 +198,7 @@ def test_layouts_and_precisions(tiny_name, kind):
         errors[backend] = relative(logits, exact)
     # Below a few units of the last place the ratio is a matter of luck.
     floor = 4 * torch.finfo(logits.dtype).eps
+    assert errors['plain'] <= 30 * torch.finfo(logits.dtype).eps
     assert errors['auto'] <= max(2 * errors['plain'], floor)
 
 
@@ -282,8 +295,9 @@ def test_reparameterized_model_is_the_same(tiny_name):
     assert relative(torch.export.export(folded, (x,)).module()(x), model(x)) <= EXACT
     again = timm.models.reparameterize_model(folded)
     assert torch.equal(again(x), folded(x))
-    with pytest.raises(ValueError, match='call eval'):
-        timm.models.reparameterize_model(model.train())
+    # timm's scripts fold before they call eval().
+    trained = timm.models.reparameterize_model(model.train()).eval()
+    assert torch.equal(trained(x), folded(x))
 
 
 def test_freezing_batchnorm_takes_effect():
@@ -302,20 +316,21 @@ def test_freezing_batchnorm_takes_effect():
     assert (statistics() != before).all()
 
 
-def test_grad_checkpointing_gives_the_same_gradients(tiny_name):
+@pytest.mark.parametrize('backend', ['auto', 'plain'])
+def test_grad_checkpointing_changes_nothing(tiny_name, backend):
     model = create_tiny(tiny_name).double()
+    set_backend(model, backend)
     twin = copy.deepcopy(model)
     twin.set_grad_checkpointing()
     x = images(model).double()
     for m in (model, twin):
         m(x).square().sum().backward()
     assert_same_gradients(twin, model, EXACT)
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), twin.buffers()))
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_init_follows_the_authors(name):
-    if name in ('gunn24', 'sunn24', 'wide_gunn18'):
-        pytest.skip('the same code on more weights')
     torch.manual_seed(0)
     model = timm.create_model(name)
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}

@@ -38,6 +38,13 @@ def test_16_bits_keep_their_range(ramp, tmp_path):
     assert np.array_equal(pixels[..., 0], ramp)
 
 
+@pytest.mark.parametrize('dtype', [np.int32, np.float32])
+def test_32_bits_are_refused(dtype, ramp, tmp_path):
+    Image.fromarray(ramp.astype(dtype)).save(tmp_path / 'image.tif')
+    with pytest.raises(ValueError, match='image of 32 bits; accepted are 8 and 16 bits'):
+        read_image(tmp_path / 'image.tif')
+
+
 def test_transparency_is_white(ramp, tmp_path):
     image = Image.fromarray(ramp).convert('RGBA')
     image.putalpha(0)
@@ -89,6 +96,10 @@ def test_predict_is_softmax_of_the_transformed_image():
     assert [e['probability'] for e in first] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
     assert first[0]['index'] == expected.argmax()
     assert first != second
+    model.pretrained_cfg['label_names'] = list('abc')
+    assert predict(model, [image], topk=1)[0][0]['label'] == f'class {expected.argmax()}'
+    model.pretrained_cfg['label_names'] = list('abcdefg')
+    assert predict(model, [image], topk=1)[0][0]['label'] == 'abcdefg'[expected.argmax()]
     for topk in (0, 8):
         with pytest.raises(ValueError, match=f'from 1 to the number of classes, 7; got {topk}'):
             predict(model, [image], topk=topk)

@@ -48,7 +48,7 @@ def test_errors_pass_through(run, script):
 def test_missing_script(run):
     result = run('-m', 'gunn_timm', 'run', 'missing.py')
     assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr == "error: No script 'missing.py'; give the path of a Python file, such as timm's train.py.\n"
+    assert result.stderr == "error: No script 'missing.py'; give the path of a Python file, timm's train.py say.\n"
 
 
 def test_under_torchrun(run, script):

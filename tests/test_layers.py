@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,11 @@ from gunn_timm.layers import GunnLayer, UpdateUnit, set_backend
 def test_segments_must_divide_channels(channels, segments):
     with pytest.raises(ValueError, match=f'divisor .* got {channels} channels and {segments} segments'):
         GunnLayer(channels, segments)
+
+
+def test_drop_path_rates_are_one_or_one_a_segment():
+    with pytest.raises(ValueError, match=r'for each of 3 segments; got \[0.1, 0.2\]'):
+        GunnLayer(12, 3, drop_path=[0.1, 0.2])
 
 
 def test_backend_names():
@@ -40,12 +47,17 @@ def test_degenerate_sizes(shape):
     assert y.shape == x.grad.shape == shape
 
 
-def test_input_is_not_changed_in_any_mode():
-    layer = GunnLayer(12, 3, shortcut=True)
+@pytest.mark.parametrize('grad_checkpointing', [True, False])
+@pytest.mark.parametrize('ordered', [True, False])
+def test_input_is_not_changed_in_any_mode(ordered, grad_checkpointing):
+    layer = GunnLayer(12, 3, shortcut=True, ordered=ordered)
+    layer.grad_checkpointing = grad_checkpointing
     x = torch.randn(2, 12, 4, 4)
     before = x.clone()
     layer(x).sum().backward()
     with torch.no_grad():
+        layer(x)
+    with torch.inference_mode():
         layer(x)
     assert torch.equal(x, before)
 
@@ -63,7 +75,7 @@ def test_every_module_is_called():
 
 
 def test_replaced_modules_are_used():
-    """What adapters do: a unit's first convolution is wrapped by a module with parameters of its own."""
+    """What adapters do: a unit's convolutions are wrapped by a module with parameters of its own."""
     class Adapter(nn.Module):
 
         def __init__(self, conv):
@@ -74,15 +86,20 @@ def test_replaced_modules_are_used():
         def forward(self, x):
             return self.conv(x) * self.scale
 
-    layer = GunnLayer(12, 3).requires_grad_(False)
+    gradual = GunnLayer(12, 3, shortcut=True).requires_grad_(False)
+    for unit in gradual.units:
+        for module in (unit.blocks[0].conv1, unit.blocks[0].conv3, unit.shortcut):
+            module.conv = Adapter(module.conv)
+            module.bn = nn.Identity()
+    plain = copy.deepcopy(gradual)
+    set_backend(plain, 'plain')
     x = torch.randn(2, 12, 4, 4)
-    before = layer(x)
-    for unit in layer.units:
-        unit.blocks[0].conv3.bn = nn.Identity()
-        unit.blocks[0].conv3.conv = Adapter(unit.blocks[0].conv3.conv)
-    layer(x).sum().backward()
-    assert all(unit.blocks[0].conv3.conv.scale.grad.abs() > 0 for unit in layer.units)
-    assert not torch.allclose(layer(x), before)
+    for layer in (gradual, plain):
+        layer(x).square().sum().backward()
+    for (name, p), q in zip(gradual.named_parameters(), plain.parameters()):
+        assert (p.grad is not None) is name.endswith('scale'), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_unit_is_a_bottleneck_with_projection():

@@ -144,6 +144,11 @@ def test_comparison_with_the_record(checkpoint, expected, arguments, capsys, mon
     assert '-0.0200 points off: DOES NOT AGREE within 0.01' in capsys.readouterr().out
     assert validate.main(arguments) == 0
     assert validate.main([*arguments, '--check', '--tolerance', '0.1']) == 0
+    capsys.readouterr()
+    # Measured in another way there is nothing to compare with.
+    assert validate.main([*arguments, '--crop-pct', '0.9']) == 0
+    assert 'record of' not in capsys.readouterr().out
+    assert validate.main([*arguments, '--crop-pct', '0.9', '--check']) == 2
 
 
 @pytest.mark.parametrize('extra, message', [
@@ -161,6 +166,17 @@ def test_bad_input_is_one_line_and_exit_code_2(extra, message, arguments, capsys
     out, err = capsys.readouterr()
     assert out == '' and message in err
     assert err.startswith('error: ') and err.count('\n') == 1
+
+
+def test_splits_are_found_by_their_other_names_and_not_mixed(data, arguments, tmp_path, capsys):
+    (tmp_path / 'val').symlink_to(data / 'folder' / 'test')
+    assert validate.main([*arguments, '--data-dir', str(tmp_path), '--split', 'validation']) == 0
+    with tarfile.open(tmp_path / 'both.tar', 'w') as tar:
+        for split in ('train', 'test'):
+            tar.add(data / 'folder' / 'test', arcname=split)
+    capsys.readouterr()
+    assert validate.main([*arguments, '--data-dir', str(tmp_path / 'both.tar')]) == 2
+    assert 'holds several splits, test, train; give a tar file of one' in capsys.readouterr().err
 
 
 def test_classes_of_data_and_model_differ(data, arguments, tmp_path, capsys):

@@ -265,7 +265,8 @@ class _GradualUpdate(torch.autograd.Function):
         state, count = ctx.state, len(ctx.units)
         state.restore(y if ordered else x, copy=ordered)
         # Laid out as the state is, which what adds to it relies on, not as the gradient happens to come.
-        grad = torch.empty_like(x, memory_format=_memory_format(x)).copy_(grad_y)
+        memory_format = _memory_format(state.tensor)
+        grad = torch.empty_like(state.tensor, memory_format=memory_format).copy_(grad_y)
         # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
         out_grads = _segments(grad if ordered else grad.clone(), count)
         old, restored = _segments(x, count), _segments(state.tensor, count)
@@ -278,7 +279,7 @@ class _GradualUpdate(torch.autograd.Function):
             if ordered:
                 restored[index].copy_(old[index])
             # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
-            out_grad = out_grads[index].clone(memory_format=_memory_format(x))
+            out_grad = out_grads[index].clone(memory_format=memory_format)
             if not ctx.residual and ordered:
                 out_grads[index].zero_()
             if ctx.recompute:

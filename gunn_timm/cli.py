@@ -7,7 +7,7 @@ from typing import List, Optional, Sequence
 
 from .inference import create_model, predict, read_image
 from .launch import run_script
-from .weights import model_infos, weights_records
+from .weights import WeightsRecord, model_infos, weights_records
 
 __all__ = ['main', 'models_table']
 
@@ -31,10 +31,20 @@ def _model_rows() -> List[List[str]]:
     return rows
 
 
+def _provenance(record: WeightsRecord) -> str:
+    metrics, training = record.metrics, record.training
+    return (
+        f"`{record.name}`: {record.dataset['name']} ({record.dataset['copy']}), {training['epochs']} epochs on "
+        f"{training['hardware']}, seed {training['seed']}, {metrics['epoch']} epoch, "
+        f"{'EMA' if metrics['ema'] else 'no EMA'}, test-time augmentation: {metrics['test_time_augmentation']}; measured "
+        f"on {metrics['images']} test images by `{metrics['command']}`.")
+
+
 def models_table() -> str:
-    """Return the models, tags and figures as a Markdown table."""
+    """Return the models, tags and figures as a Markdown table, and below it what stands behind our figures."""
     rows = [list(_COLUMNS), ['---'] * len(_COLUMNS), *_model_rows()]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    return '\n'.join([table, *(f'\n{_provenance(record)}' for record in weights_records().values())])
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -36,8 +36,8 @@ def _provenance(record: WeightsRecord) -> str:
     return (
         f"`{record.name}`: {record.dataset['name']} ({record.dataset['copy']}), {training['epochs']} epochs on "
         f"{training['hardware']}, seed {training['seed']}, {metrics['epoch']} epoch, "
-        f"{'EMA' if metrics['ema'] else 'no EMA'}, test-time augmentation: {metrics['test_time_augmentation']}; measured "
-        f"on {metrics['images']} test images by `{metrics['command']}`.")
+        f"{'EMA' if metrics['ema'] else 'no EMA'}, test-time augmentation: {metrics['test_time_augmentation']}; "
+        f"measured on {metrics['images']} test images by `{metrics['command']}`.")
 
 
 def models_table() -> str:

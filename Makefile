@@ -4,21 +4,17 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
 
 # One thread a process: as many processes as cores run at a time.
-test test-slow: export OMP_NUM_THREADS := 1
+test: export OMP_NUM_THREADS := 1
 
 test: lint $(TIMM_SOURCE)
-	$(BIN)/python -m pytest -q -n auto -m "not slow" tests
-	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
-
-test-slow: $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -q -n auto tests
-	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) --all
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

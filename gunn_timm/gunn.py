@@ -194,7 +194,8 @@ class Gunn(nn.Module):
     def init_weights(self) -> None:
         """Initialise in place as the authors' code does: convolutions N(0, 2 / (k * k * out_channels)), fc bias 0.
 
-        Works on parameters without values, as `to_empty` leaves them. BatchNorm statistics are reset as well.
+        Works on parameters without values, as `to_empty` leaves them. BatchNorm statistics are set to what they would
+        be for inputs of mean 0 and variance 1, so that the untrained network is usable in eval mode.
         """
         named_apply(_init_weights, self)
 
@@ -354,6 +355,10 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         nn.init.zeros_(module.bias)
     elif hasattr(module, 'reset_parameters'):
         module.reset_parameters()
+    elif isinstance(module, ConvNormAct) and getattr(module.bn, 'running_var', None) is not None:
+        # What this init makes of an input of variance 1. Starting from 1 instead, the untrained network overflows in eval
+        # mode: a unit reads P times as many channels as it writes, and so amplifies, P units in a row.
+        module.bn.running_var.fill_(2 * module.conv.in_channels / module.conv.out_channels)
 
 
 _CIFAR10_MEAN, _CIFAR10_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)

@@ -238,7 +238,6 @@ def test_compile_in_one_graph(name, training):
     assert_same_gradients(compiled, model, EXACT)
 
 
-@pytest.mark.slow
 def test_compile_with_inductor():
     model = create_tiny('gunn15').eval()
     with torch.no_grad():
@@ -345,6 +344,14 @@ def test_init_follows_the_authors(name):
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
     assert (model.fc.bias == 0).all()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_untrained_network_is_finite_in_eval_mode(name):
+    model = timm.create_model(name).eval()
+    with torch.inference_mode():
+        logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.isfinite().all() and logits.abs().max() < 1e3
 
 
 def test_init_weights_after_to_empty(tiny_name):

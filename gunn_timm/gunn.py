@@ -356,8 +356,8 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
     elif hasattr(module, 'reset_parameters'):
         module.reset_parameters()
     elif isinstance(module, ConvNormAct) and getattr(module.bn, 'running_var', None) is not None:
-        # What this init makes of an input of variance 1. Starting from 1 instead, the untrained network overflows in eval
-        # mode: a unit reads P times as many channels as it writes, and so amplifies, P units in a row.
+        # What this init makes of an input of variance 1. Starting from 1 instead, the untrained network overflows in
+        # eval mode: a unit reads P times as many channels as it writes, and so amplifies, P units in a row.
         module.bn.running_var.fill_(2 * module.conv.in_channels / module.conv.out_channels)
 
 

@@ -62,7 +62,7 @@ class ConvNormAct(nn.Module):
     def reparameterize(self) -> None:
         """Fold the norm's running statistics into the convolution, for inference, whatever mode the module is in.
 
-        `timm.models.reparameterize_model` calls it. A norm without running statistics is left as it is.
+        `timm.utils.reparameterize_model` calls it. A norm without running statistics is left as it is.
         """
         bn = self.bn
         if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None:

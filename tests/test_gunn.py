@@ -287,15 +287,15 @@ def test_sync_batchnorm_conversion():
 def test_reparameterized_model_is_the_same(tiny_name):
     model = create_tiny(tiny_name).double().eval()
     x = images(model).double()
-    folded = timm.models.reparameterize_model(model)
+    folded = timm.utils.reparameterize_model(model)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     with torch.inference_mode():
         assert relative(folded(x), model(x)) <= EXACT
     assert relative(torch.export.export(folded, (x,)).module()(x), model(x)) <= EXACT
-    again = timm.models.reparameterize_model(folded)
+    again = timm.utils.reparameterize_model(folded)
     assert torch.equal(again(x), folded(x))
     # timm's scripts fold before they call eval().
-    trained = timm.models.reparameterize_model(model.train()).eval()
+    trained = timm.utils.reparameterize_model(model.train()).eval()
     assert torch.equal(trained(x), folded(x))
 
 

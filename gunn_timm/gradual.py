@@ -230,6 +230,8 @@ class _GradualUpdate(torch.autograd.Function):
             ctx: Any,
             x: torch.Tensor,
             units: Sequence[nn.Module],
+            # Kept, for in backward a module may hold others: `torch.func.functional_call` lends it some for forward.
+            unit_params: Sequence[Sequence[torch.Tensor]],
             residual: bool,
             ordered: bool,
             recompute: bool,
@@ -240,9 +242,7 @@ class _GradualUpdate(torch.autograd.Function):
         state = _State(y if ordered else x)
         needs_grad = ctx.needs_input_grad[0]
         recorded: List[Any] = []
-        for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
-            # Kept, for in backward the module may hold others: `torch.func.functional_call` lends it some for forward.
-            own = list(unit.parameters())
+        for index, (unit, own, segment) in enumerate(zip(units, unit_params, _segments(y, len(units)))):
             if recompute:
                 recorded.append((own, needs_grad, _Surroundings(x, unit, own)))
                 out = _call_unit(unit, index, state.tensor, state.tensor, segment)
@@ -305,7 +305,7 @@ class _GradualUpdate(torch.autograd.Function):
                     buffer.copy_(before)
         state.set(None)
         state.grad = None
-        return grad if ctx.needs_input_grad[0] else None, None, None, None, None, *param_grads
+        return grad if ctx.needs_input_grad[0] else None, None, None, None, None, None, *param_grads
 
 
 def gradual_update(
@@ -335,5 +335,6 @@ def gradual_update(
         ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
             unit changes its input in place.
     """
-    params = [p for unit in units for p in unit.parameters()]
-    return _GradualUpdate.apply(x, units, residual, ordered, recompute, *params)
+    unit_params = [list(unit.parameters()) for unit in units]
+    params = [p for own in unit_params for p in own]
+    return _GradualUpdate.apply(x, units, unit_params, residual, ordered, recompute, *params)

@@ -271,7 +271,6 @@ class GunnLayer(nn.Module):
 
     @torch.jit.unused
     def _choose_backend(self, x: torch.Tensor) -> str:
-        parameters = list(self.parameters())
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             best, reason = 'plain', 'the layer is being traced, exported or compiled'
         elif x.device.type == 'meta' or not x.numel():
@@ -284,10 +283,10 @@ class GunnLayer(nn.Module):
         elif any(m._forward_hooks or m._forward_pre_hooks for m in self.units.modules()):
             # The inputs that a hook may keep are the running state, which goes on changing.
             best, reason = 'plain', 'a module of a unit has hooks'
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             best, reason = 'gradual', 'a gradient is wanted'
             # Differentiating unit by unit hands a parameter's hooks its gradient once more than the engine does.
-            if any(p._backward_hooks for p in parameters):
+            if any(p._backward_hooks for p in self.parameters()):
                 best, reason = 'plain', 'a parameter has gradient hooks'
         else:
             best, reason = 'in_place', 'no gradient is wanted'

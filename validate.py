@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+import safetensors.torch
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy, check_batch_size_retry, decay_batch_step
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import gunn_timm  # noqa: F401
 from gunn_timm._timm import search_split
 from gunn_timm.inference import create_model
-from gunn_timm.weights import WeightsRecord, load_checkpoint, weights_records
+from gunn_timm.weights import WeightsRecord, load_checkpoint, probe_images, weights_records
 
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument('--channels-last', action='store_true', help='use the channels_last memory format')
     run.add_argument('--results-file', default='', metavar='FILE', help='write the result there too')
     run.add_argument('--results-format', default='csv', choices=('csv', 'json'))
+    run.add_argument('--logits-file', default='', metavar='FILE',
+                     help='write logits and targets of all images there, in safetensors format')
     run.add_argument('--check', action='store_true', help='exit with 1 if top-1 is off the record by over --tolerance')
     run.add_argument('--tolerance', type=float, default=0.01, metavar='POINTS',
                      help='percentage points that --check lets pass (default: 0.01)')
@@ -89,7 +92,7 @@ def _evaluate(
         data_config: Dict[str, Any],
         batch_size: int,
         args: argparse.Namespace,
-) -> Dict[str, float]:
+) -> Tuple[Dict[str, float], Dict[str, torch.Tensor]]:
     device = torch.device(args.device)
     loader = create_loader(
         dataset,
@@ -107,16 +110,25 @@ def _evaluate(
     )
     top1, top5 = AverageMeter(), AverageMeter()
     topk = (1, min(5, model.num_classes))
+    all_logits, all_targets = [], []
     for images, target in tqdm(loader, desc=args.model, unit='batch', disable=None):
         images, target = images.to(device), target.to(device)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
-            logits = model(images)
-        acc1, acc5 = accuracy(logits.float(), target, topk)
+            logits = model(images).float()
+        acc1, acc5 = accuracy(logits, target, topk)
         top1.update(acc1.item(), len(images))
         top5.update(acc5.item(), len(images))
-    return dict(top1=top1.avg, top5=top5.avg, images=top1.count)
+        if args.logits_file:
+            all_logits.append(logits.cpu())
+            all_targets.append(target.cpu())
+    outputs = {}
+    if args.logits_file:
+        probe = probe_images(data_config['input_size']).to(device)
+        outputs = dict(
+            logits=torch.cat(all_logits), targets=torch.cat(all_targets), probe_logits=model(probe).float().cpu())
+    return dict(top1=top1.avg, top5=top5.avg, images=top1.count), outputs
 
 
 def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optional[WeightsRecord]:
@@ -127,7 +139,9 @@ def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optio
     return weights_records().get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
 
 
-def validate(args: argparse.Namespace) -> Tuple[Dict[str, Any], Optional[WeightsRecord]]:
+def validate(
+        args: argparse.Namespace,
+) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor], Optional[WeightsRecord]]:
     """Evaluate the model that the arguments name.
 
     Args:
@@ -135,7 +149,9 @@ def validate(args: argparse.Namespace) -> Tuple[Dict[str, Any], Optional[Weights
 
     Returns:
         Result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
-        crop_pct, interpolation; and the number of images. Then the record to compare it with, if there is one.
+        crop_pct, interpolation; and the number of images. Then, if a file is asked for them, the images' logits
+        (images, classes) and targets (images) in the dataset's order, and the logits of `probe_images`. Then the record
+        to compare with, if there is one.
 
     Raises:
         ValueError: The data, the checkpoint, the model's name or an argument is not what it should be.
@@ -157,7 +173,7 @@ def validate(args: argparse.Namespace) -> Tuple[Dict[str, Any], Optional[Weights
     batch_size = args.batch_size
     while True:
         try:
-            metrics = _evaluate(model, dataset, data_config, batch_size, args)
+            metrics, outputs = _evaluate(model, dataset, data_config, batch_size, args)
             break
         except RuntimeError as e:
             smaller = decay_batch_step(batch_size)
@@ -175,10 +191,16 @@ def validate(args: argparse.Namespace) -> Tuple[Dict[str, Any], Optional[Weights
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],
     )
-    return results, record
+    return results, outputs, record
 
 
-def _write_results(path: str, results_format: str, results: Dict[str, Any]) -> None:
+def _write(path: str, content: bytes) -> None:
+    temporary = f'{path}.tmp'
+    Path(temporary).write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _format_results(results_format: str, results: Dict[str, Any]) -> str:
     text = io.StringIO()
     if results_format == 'json':
         json.dump([results], text, indent=4)
@@ -186,9 +208,7 @@ def _write_results(path: str, results_format: str, results: Dict[str, Any]) -> N
         writer = csv.DictWriter(text, fieldnames=results)
         writer.writeheader()
         writer.writerow(results)
-    temporary = f'{path}.tmp'
-    Path(temporary).write_text(text.getvalue())
-    os.replace(temporary, path)
+    return text.getvalue()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -203,9 +223,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        results, record = validate(args)
+        results, outputs, record = validate(args)
         if args.results_file:
-            _write_results(args.results_file, args.results_format, results)
+            _write(args.results_file, _format_results(args.results_format, results).encode())
+        if args.logits_file:
+            _write(args.logits_file, safetensors.torch.save(outputs))
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from .hub import publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
 from .weights import WeightsRecord, model_infos, weights_records
@@ -69,6 +70,23 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {entry['probability']:6.1%}  {entry['label']}")
 
 
+def _publish(args: argparse.Namespace) -> None:
+    if args.all == bool(args.name):
+        raise ValueError('Give either the name of a weight or --all.')
+    if args.all and '{name}' not in args.repo_id:
+        raise ValueError(f"With --all the repository must be like 'ORG/{{name}}'; got '{args.repo_id}'.")
+    for name in list(weights_records()) if args.all else [args.name]:
+        repo_id = args.repo_id.replace('{name}', name)
+        done = publish(name, repo_id, args.revision, args.private, args.force, args.dry_run)
+        for path in done.changed:
+            print(f"  {path}: {done.sizes[path]:,} bytes" if path in done.sizes else f'  {path}: removed')
+        if args.dry_run:
+            print(f'{name}: these files would be sent to {repo_id}; nothing was')
+            continue
+        print(f"{name}: {'published in' if done.changed else 'nothing new for'} {repo_id}, commit {done.commit}")
+        print(f'its record says so with\nhub: {{repo_id: {repo_id}, revision: {done.commit}}}')
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m gunn_timm', description='GUNN models for timm.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -83,6 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser('list', help='list the models and tags, and which have weights')
     command.add_argument('--markdown', action='store_true', help="print the README's table")
     command.set_defaults(function=_list)
+
+    command = commands.add_parser(
+        'publish', help='publish weights on the Hugging Face Hub',
+        description='Sends weights, configuration, model card and licence in one commit, reads them back and compares. '
+                    'The token is that of `hf auth login`, or HF_TOKEN.')
+    command.add_argument('name', nargs='?', metavar='NAME', help="weight to publish, 'gunn15.cifar10' say")
+    command.add_argument('--all', action='store_true', help='publish all weights')
+    command.add_argument('--repo-id', required=True, metavar='ORG/NAME', help="repository; '{name}' in it is replaced")
+    command.add_argument('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
+    command.add_argument('--private', action='store_true', help='make a new repository private')
+    command.add_argument('--force', action='store_true', help='replace other content, remove pickled weights')
+    command.add_argument('--dry-run', action='store_true', help='only name the files that would be sent')
+    command.set_defaults(function=_publish)
 
     command = commands.add_parser(
         'run', help="run one of timm's scripts, train.py say, with the models registered",

@@ -27,7 +27,7 @@ from torch import nn
 
 from ._timm import feature_take_indices
 from .layers import ConvNormAct, GunnLayer
-from .weights import available_weights, pretrained_source, verify, weights_records
+from .weights import available_weights, fetch_verified, pretrained_source
 
 __all__ = ['Gunn']
 
@@ -368,7 +368,7 @@ _CIFAR100_MEAN, _CIFAR100_STD = (129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 /
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv1.conv', 'classifier': 'fc',
         'license': 'apache-2.0',
@@ -381,8 +381,8 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 def _cifar10_cfg(**kwargs: Any) -> Dict[str, Any]:
     return _cfg(**{
-        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
-        'mean': _CIFAR10_MEAN, 'std': _CIFAR10_STD, **kwargs,
+        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
+        'crop_pct': 1.0, 'interpolation': 'bilinear', 'mean': _CIFAR10_MEAN, 'std': _CIFAR10_STD, **kwargs,
     })
 
 
@@ -397,7 +397,8 @@ default_cfgs = generate_default_cfgs({
         'gunn24.cifar10': _cifar10_cfg(),
         'gunn24.cifar100': _cifar100_cfg(),
         'gunn18.in1k': _cfg(),
-        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0),
+        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0,
+                                   interpolation='bilinear'),
         'wide_gunn18.in1k': _cfg(),
         'sunn15.cifar10': _cifar10_cfg(),
         'sunn15.cifar100': _cifar100_cfg(),
@@ -415,11 +416,12 @@ _GUNN18 = dict(layout='imagenet', channels=(400, 800, 1600, 2000), segments=(10,
 _WIDE_GUNN18 = dict(layout='imagenet', channels=(1200, 1600, 2000, 2000), segments=(30, 40, 50, 50))
 
 
-def _check_weights(
+def _verified_cfg(
         variant: str,
         pretrained_cfg: Union[str, Dict[str, Any], PretrainedCfg, None] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-) -> None:
+        cache_dir: Optional[str] = None,
+) -> Dict[str, Any]:
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
@@ -427,14 +429,13 @@ def _check_weights(
         raise RuntimeError(
             f"No pretrained weights exist for {'.'.join(filter(None, (variant, cfg.tag)))}. Weights exist for: "
             f'{available_weights()}. Use `pretrained=False` for random init.')
-    for record in weights_records().values():
-        if cfg.file == str(record.path):
-            verify(record)
+    return fetch_verified(cfg, cache_dir).to_dict(remove_null=False)
 
 
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
     if pretrained:
-        _check_weights(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        kwargs['pretrained_cfg'] = _verified_cfg(
+            variant, kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None), kwargs.get('cache_dir'))
     num_maps = len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')
     return build_model_with_cfg(
         Gunn,

@@ -1,4 +1,4 @@
-"""Run a script of timm's, unchanged, with the models of this package registered."""
+"""Run a script of timm's, unchanged, with the models of this package registered and its training loader."""
 import functools
 import os
 import runpy
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import timm
+import timm.data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from .loader import create_loader
 
 __all__ = ['run_script']
 
@@ -44,6 +47,7 @@ def run_script(script: str, args: Sequence[str]) -> None:
     if timm_folder == sys.path[0] == os.getcwd() and sys.argv[0] != '-c':
         os.execv(sys.executable, [sys.executable, '-c', _WITHOUT_CURRENT_FOLDER, 'run', script, *args])
     _allow_distributed_on_cpu()
+    timm.data.create_loader = create_loader
     sys.argv = [script, *args]
     sys.path.append(str(Path(script).resolve().parent))
     runpy.run_path(script, run_name='__main__')

@@ -1,23 +1,30 @@
 """What is known of every registered tag and of every published weight, and the checks that weights must pass.
 
 `weights/models.yaml` has a line a tag; `weights/NAME.TAG.yaml` is the record of a weight that exists. They lie beside
-the package in a checkout and inside it once it is installed. The default cfgs, the README's table and the command line
-all read them here.
+the package in a checkout and inside it once it is installed. The default cfgs, the model cards, the README's table and
+the command line all read them here.
 """
 import dataclasses
 import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import yaml
-from timm.models import load_state_dict
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from timm.models import PretrainedCfg, load_state_dict
+
+from ._timm import download_cached_file
 
 __all__ = [
-    'ModelInfo', 'WeightsRecord', 'available_weights', 'load_checkpoint', 'model_infos', 'pretrained_source', 'verify',
-    'weights_records',
+    'ModelInfo', 'WeightsRecord', 'available_weights', 'fetch_verified', 'license_path', 'load_checkpoint',
+    'model_infos', 'pretrained_source', 'probe_images', 'sha256_of', 'verify', 'weights_records',
 ]
+
+HUB_FILE = 'model.safetensors'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +60,13 @@ class WeightsRecord:
         parameters: Number of parameters.
         license: SPDX identifier.
         label_names: Names of the classes, in order.
-        dataset: Name and exact copy, numbers of training and test images.
+        preprocessing: Entries of the default cfg: input_size, mean, std, crop_pct, interpolation.
+        dataset: Name and exact copy, its id on the hub, numbers of training, held-out and test images.
         metrics: top1 and top5 in % on the whole test split, how and by which command they were measured.
         training: Recipe, command, epochs, seed, hardware, wall time, date and versions.
+        logits_file: Name of the file beside the record with what `validate.py --logits-file` writes.
+        hub: repo_id and revision (a commit) on the Hugging Face Hub, once it is there.
+        url: Another address of the file, if it has one.
     """
     name: str
     file: str
@@ -65,13 +76,17 @@ class WeightsRecord:
     parameters: int
     license: str
     label_names: List[str]
+    preprocessing: Dict[str, Any]
     dataset: Dict[str, Any]
     metrics: Dict[str, Any]
     training: Dict[str, Any]
+    logits_file: str
+    hub: Optional[Dict[str, str]] = None
+    url: Optional[str] = None
 
     @property
     def path(self) -> Path:
-        """Where the file lies."""
+        """Where the file lies if it came with the package."""
         return _weights_dir() / self.file
 
 
@@ -108,33 +123,141 @@ def available_weights() -> str:
     return ', '.join(weights_records()) or 'none'
 
 
+def license_path() -> Path:
+    """Where the licence of the package and its weights lies."""
+    return (_weights_dir() if _weights_dir().parent == Path(__file__).parent else _weights_dir().parent) / 'LICENSE'
+
+
 def pretrained_source(name: str) -> Dict[str, Any]:
     """Entries of a tag's default cfg that depend on its weights: none, if there are none.
+
+    The file that came with the package goes before the hub, and that before another address.
 
     Args:
         name: Architecture and tag.
     """
     record = weights_records().get(name)
-    return {} if record is None else dict(file=str(record.path), label_names=tuple(record.label_names))
+    if record is None:
+        return {}
+    if record.path.is_file() or not (record.hub or record.url):
+        source = {'file': str(record.path)}
+    elif record.hub:
+        source = {'hf_hub_id': '{repo_id}@{revision}'.format(**record.hub)}
+    else:
+        source = {'url': record.url}
+    preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in record.preprocessing.items()}
+    return dict(**source, **preprocessing, label_names=tuple(record.label_names))
 
 
-def verify(record: WeightsRecord) -> None:
-    """Check that a weight's file is the one that was published.
+def sha256_of(path: Union[str, Path]) -> str:
+    """Hash a file.
 
     Args:
-        record: Record of the weight.
+        path: The file.
+
+    Returns:
+        Its SHA-256, hexadecimal.
+    """
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> None:
+    """Check that a file of weights is the one that was published.
+
+    Args:
+        path: The file.
+        sha256: Its published hash, hexadecimal.
+        downloaded: Remove the file from the cache if it is another.
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: Its SHA-256 is not the record's.
+        ValueError: Its SHA-256 is another.
     """
-    if not record.path.is_file():
-        raise FileNotFoundError(f"The weights of {record.name} are missing: no file '{record.path}'.")
-    found = hashlib.sha256(record.path.read_bytes()).hexdigest()
-    if found != record.sha256:
-        raise ValueError(
-            f"'{record.path}' is not the published file: its SHA-256 is {found}, expected {record.sha256}. "
-            'Install the package again.')
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The weights are missing: no file '{path}'.")
+    found = sha256_of(path)
+    if found == sha256:
+        return
+    if downloaded:
+        # The hub's cache has the content in one place and a link to it in another.
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    raise ValueError(
+        f"'{path}' is not the published file: its SHA-256 is {found}, expected {sha256}. "
+        + ('It was removed; try again.' if downloaded else 'Get it again where it came from.'))
+
+
+def _sha256_in_config(path: Union[str, Path]) -> Optional[str]:
+    return json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
+
+
+def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tuple[Path, str, bool]]:
+    """Find a published weight's local file, downloaded if need be, its hash, and whether it lies in a cache.
+
+    Published is what a record of ours says where to find, and any repository or folder whose config.json has a hash. It
+    is None for the rest: a file of the user's, or a repository that train.py's weights were pushed to.
+    """
+    record = weights_records().get(f'{cfg.architecture}.{cfg.tag}')
+    if cfg.source == 'local-dir':
+        sha256 = _sha256_in_config(Path(cfg.file) / 'config.json')
+        return sha256 and (Path(cfg.file) / HUB_FILE, sha256, False)
+    if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
+        return (record.path, record.sha256, False) if record and cfg.file == str(record.path) else None
+    if cfg.hf_hub_id:
+        repo_id, _, revision = cfg.hf_hub_id.partition('@')
+        kwargs = dict(revision=revision or None, cache_dir=cache_dir)
+        if record and record.hub and record.hub['repo_id'] == repo_id and revision in ('', record.hub['revision']):
+            sha256 = record.sha256
+        else:
+            try:
+                sha256 = _sha256_in_config(hf_hub_download(repo_id, 'config.json', **kwargs))
+            except EntryNotFoundError:
+                sha256 = None
+        return sha256 and (Path(hf_hub_download(repo_id, cfg.hf_hub_filename or HUB_FILE, **kwargs)), sha256, True)
+    if record and cfg.url == record.url:
+        return Path(download_cached_file(cfg.url, cache_dir=cache_dir)), record.sha256, True
+    return None
+
+
+def fetch_verified(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> PretrainedCfg:
+    """Put the checked local file of a published weight in the place of its source, wherever that is.
+
+    Args:
+        cfg: Resolved cfg of a model to be created with its weights.
+        cache_dir: Where downloads are kept, instead of the usual caches.
+
+    Returns:
+        The cfg to load by; as given where the weights are the user's own.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: Its SHA-256 is not the published one. If it was downloaded, it is removed.
+        OSError: The download failed.
+    """
+    published = _published_file(cfg, cache_dir)
+    if published is None:
+        return cfg
+    path, sha256, downloaded = published
+    verify(path, sha256, downloaded)
+    return dataclasses.replace(cfg, file=str(path), source=None)
+
+
+def probe_images(input_size: Sequence[int]) -> torch.Tensor:
+    """Make the images on which a record keeps logits, to tell whether a network still computes what it did.
+
+    Args:
+        input_size: Channels, height and width.
+
+    Returns:
+        Smooth patterns of mean 0 and variance about 1, shape (4, C, H, W).
+    """
+    channels, height, width = input_size
+    y = torch.linspace(-1, 1, height).view(1, 1, -1, 1)
+    x = torch.linspace(-1, 1, width).view(1, 1, 1, -1)
+    image = torch.arange(4.).view(-1, 1, 1, 1)
+    channel = torch.arange(float(channels)).view(1, -1, 1, 1)
+    return 2 ** 0.5 * torch.sin((2 + image) * x + (5 - 2 * image) * y + (1 + image) * channel)
 
 
 def load_checkpoint(model: torch.nn.Module, path: Union[str, Path]) -> None:

@@ -1,14 +1,26 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
-import timm
-import torch
+from loopback_hub import LoopbackHub
 
-import gunn_timm  # noqa: F401
+# The client reads these when it is imported. No test may reach the real hub, or anybody's cache or token.
+_HUB = LoopbackHub()
+_HOME = tempfile.TemporaryDirectory()
+os.environ.update(
+    HF_ENDPOINT=_HUB.url, HF_HUB_DISABLE_XET='1', HF_HOME=_HOME.name, TORCH_HOME=_HOME.name, HF_HUB_OFFLINE='0',
+    HF_HUB_DISABLE_TELEMETRY='1')
+for _name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_CACHE'):
+    os.environ.pop(_name, None)
+
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+import gunn_timm  # noqa: E402, F401
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,3 +87,16 @@ def run() -> Callable[..., 'subprocess.CompletedProcess[str]']:
             [sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=300,
             **{'cwd': ROOT, **kwargs})
     return run
+
+
+@pytest.fixture(scope='session')
+def running_hub() -> LoopbackHub:
+    _HUB.start()
+    return _HUB
+
+
+@pytest.fixture
+def hub(running_hub: LoopbackHub) -> LoopbackHub:
+    """An empty hub; HF_ENDPOINT has its address."""
+    running_hub.reset()
+    return running_hub

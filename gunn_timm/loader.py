@@ -1,0 +1,128 @@
+"""timm's training loader, with the augmentation of the paper's recipes and random numbers that survive a resume.
+
+The launcher puts `create_loader` in the place of `timm.data.create_loader`, so that train.py takes the modes below for
+its `--train-crop-mode`. Without the launcher timm refuses them.
+"""
+import functools
+from typing import Any, Callable, List, Optional
+
+import timm.data
+import timm.utils
+import torch
+from torchvision import transforms
+
+__all__ = ['CyclicRoll', 'Lighting', 'create_loader']
+
+_timm_create_loader = timm.data.create_loader
+
+
+class CyclicRoll:
+    """Roll an image around along one axis, at random, by a random distance.
+
+    The authors' code does this in CIFAR training, as `Jigsaw`; the paper does not mention it.
+
+    Args:
+        p: Probability of rolling at all.
+    """
+
+    def __init__(self, p: float = 2 / 3):
+        self.p = p
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Map (C, H, W) to (C, H, W)."""
+        if torch.rand(()) >= self.p:
+            return image
+        dim = int(torch.randint(1, 3, ()))
+        return image.roll(int(torch.randint(image.shape[dim], ())), dim)
+
+
+class Lighting:
+    """Add noise along the principal components of ImageNet's colours, before normalisation (Krizhevsky et al. 2012).
+
+    Args:
+        std: Standard deviation of the three components' weights.
+    """
+    eigenvalues = torch.tensor([0.2175, 0.0188, 0.0045])
+    eigenvectors = torch.tensor([
+        [-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+    def __init__(self, std: float = 0.1):
+        self.std = std
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Map (3, H, W) to (3, H, W)."""
+        weights = torch.randn(3) * self.std * self.eigenvalues
+        return image + (self.eigenvectors @ weights).view(3, 1, 1)
+
+
+def _pad_and_crop(steps: List[Callable], size: int) -> List[Callable]:
+    # After normalisation, so that the border is 0, the mean.
+    return [*steps, transforms.RandomCrop(size, padding=4)]
+
+
+def _pad_crop_and_roll(steps: List[Callable], size: int) -> List[Callable]:
+    return [*_pad_and_crop(steps, size), CyclicRoll()]
+
+
+def _light(steps: List[Callable], size: int) -> List[Callable]:
+    at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
+    return [*steps[:at], Lighting(), *steps[at:]]
+
+
+_WHOLE_IMAGE = dict(scale=(1., 1.), ratio=(1., 1.))
+# What to do to timm's transforms, and the arguments with which timm makes them.
+_CROP_MODES = {
+    'pad4': (_pad_and_crop, _WHOLE_IMAGE),
+    'pad4+roll': (_pad_crop_and_roll, _WHOLE_IMAGE),
+    'rrc+lighting': (_light, {}),
+}
+
+
+def _seed_epoch(seed: int, set_epoch: Optional[Callable[[int], None]], epoch: int) -> None:
+    timm.utils.random_seed((seed + 1_000_003 * epoch) % 2 ** 31)
+    if set_epoch is not None:
+        set_epoch(epoch)
+
+
+def create_loader(
+        dataset: Any,
+        *args: Any,
+        is_training: bool = False,
+        train_crop_mode: Optional[str] = None,
+        **kwargs: Any,
+) -> Any:
+    """`timm.data.create_loader` that knows more crop modes and makes random numbers a function of the epoch.
+
+    At the start of each epoch the process is seeded with the seed it had and the epoch's number, and the workers start
+    anew, so that a resumed run draws what an uncut one would.
+
+    Args:
+        dataset: Dataset of timm's.
+        args: Passed on.
+        is_training: As timm's.
+        train_crop_mode: As timm's, or 'pad4' (normalise, pad by 4 pixels of 0, crop at random, paper section 6.2),
+            'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
+        kwargs: Passed on.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ValueError: The mode goes with one image size, and with images that are normalised on the CPU.
+    """
+    if not is_training:
+        return _timm_create_loader(dataset, *args, is_training=is_training, **kwargs)
+    kwargs['persistent_workers'] = False
+    change, settings = _CROP_MODES.get(train_crop_mode, (None, {}))
+    if change is not None:
+        if kwargs.get('use_prefetcher', True) or kwargs.get('input_size_choices'):
+            raise ValueError(
+                f"The crop mode '{train_crop_mode}' needs --no-prefetcher, for it works on normalised images, and takes "
+                'no --train-img-sizes.')
+        train_crop_mode = None
+        kwargs.update(settings)
+    loader = _timm_create_loader(dataset, *args, is_training=True, train_crop_mode=train_crop_mode, **kwargs)
+    if change is not None:
+        dataset.transform = transforms.Compose(change(dataset.transform.transforms, kwargs['input_size'][-1]))
+    dataset.set_epoch = functools.partial(_seed_epoch, torch.initial_seed(), getattr(dataset, 'set_epoch', None))
+    return loader

@@ -1,0 +1,280 @@
+"""A Hugging Face Hub on the loopback: the routes that the real client uses, real files, and faults on order."""
+import base64
+import hashlib
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Dict, List, Optional
+from urllib.parse import unquote, urlsplit
+
+WRITER, READER = 'hf_writer_of_org', 'hf_reader'
+
+
+@dataclass
+class Repo:
+    private: bool = False
+    branches: Dict[str, str] = field(default_factory=dict)
+    commits: Dict[str, Dict[str, bytes]] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: Dict[str, bytes]) -> str:
+        oid = hashlib.sha1(f'{len(self.commits)} {branch} {sorted(files)}'.encode()).hexdigest()
+        self.commits[oid], self.branches[branch] = files, oid
+        return oid
+
+    def files(self, revision: str = 'main') -> Dict[str, bytes]:
+        return self.commits[self.branches.get(revision, revision)]
+
+
+@dataclass
+class Fault:
+    """Something that goes wrong with the requests that match, the first `times` of them."""
+    method: str
+    path: str
+    kind: str  # 'drop', 'truncate', 'corrupt', 'slow', or a status code
+    times: int = 1
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith(('.safetensors', '.bin'))
+
+
+class LoopbackHub:
+    """The server; its address is known, and connections to it wait, from the start."""
+
+    def __init__(self) -> None:
+        self.repos: Dict[str, Repo] = {}
+        self.lfs: Dict[str, bytes] = {}
+        self.faults: List[Fault] = []
+        self.requests: List[str] = []
+        self.lock = threading.Lock()
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server.server_port}'
+
+    def start(self) -> None:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def reset(self) -> None:
+        self.repos, self.lfs, self.faults, self.requests = {}, {}, [], []
+
+    def fault(self, method: str, path: str, kind: Any, times: int = 1) -> None:
+        self.faults.append(Fault(method, path, str(kind), times))
+
+    def take_fault(self, method: str, path: str) -> Optional[str]:
+        with self.lock:
+            self.requests.append(f'{method} {path}')
+            for fault in self.faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault.kind
+        return None
+
+    def commits_to(self, repo_id: str) -> int:
+        """Number of commits but for the one that a repository begins with."""
+        return len(self.repos[repo_id].commits) - 1
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: LoopbackHub
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do(self) -> None:
+        self.path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        if self.headers.get('Transfer-Encoding') == 'chunked':
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        self.fault = self.hub.take_fault(self.command, self.path)
+        if self.fault == 'drop':
+            self.close_connection = True
+            self.connection.close()
+            return
+        if self.fault == 'slow':
+            time.sleep(1)
+        if self.fault and self.fault.isdigit():
+            return self.json({'error': 'on order'}, int(self.fault))
+        for method, pattern, route in ROUTES:
+            match = re.fullmatch(pattern, self.path)
+            if match and self.command in method.split('|'):
+                return route(self, body, *match.groups())
+        self.json({'error': f'no route {self.command} {self.path}'}, 404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do
+
+    def json(self, content: Any, status: int = 200, **headers: str) -> None:
+        self.send(json.dumps(content).encode(), status, **{'Content_Type': 'application/json', **headers})
+
+    def send(self, content: bytes, status: int = 200, **headers: str) -> None:
+        if self.fault == 'corrupt' and content:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send_response(status)
+        for name, value in {'Content_Length': len(content), **headers}.items():
+            self.send_header(name.replace('_', '-'), str(value))
+        self.end_headers()
+        if self.command == 'HEAD':
+            return
+        if self.fault == 'truncate':
+            self.wfile.write(content[:len(content) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.wfile.write(content)
+
+    def token(self) -> str:
+        return (self.headers.get('Authorization') or '').removeprefix('Bearer ')
+
+    def may_write(self, repo_id: str) -> bool:
+        if self.token() == WRITER and repo_id.startswith('org/'):
+            return True
+        known = self.token() in (WRITER, READER)
+        self.json({'error': 'Forbidden' if known else 'Unauthorized'}, 403 if known else 401)
+        return False
+
+    def find(self, repo_id: str, revision: str = 'main') -> Optional[Repo]:
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and self.token() not in (WRITER, READER)):
+            self.json({'error': 'Repository not found'}, 401, X_Error_Code='RepoNotFound')
+            return None
+        if revision not in repo.branches and revision not in repo.commits:
+            self.json({'error': 'Invalid rev id'}, 404, X_Error_Code='RevisionNotFound')
+            return None
+        return repo
+
+    def whoami(self, body: bytes) -> None:
+        self.json({'name': 'someone', 'type': 'user', 'orgs': [{'name': 'org'}]})
+
+    def validate_yaml(self, body: bytes) -> None:
+        self.json({'errors': [], 'warnings': []})
+
+    def create_repo(self, body: bytes) -> None:
+        wanted = json.loads(body)
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        if not self.may_write(repo_id):
+            return
+        url = f'{self.hub.url}/{repo_id}'
+        if repo_id in self.hub.repos:
+            return self.json({'error': 'You already created this model repo', 'url': url}, 409)
+        repo = self.hub.repos[repo_id] = Repo(wanted.get('private') or wanted.get('visibility') == 'private')
+        repo.commit('main', {'.gitattributes': b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'})
+        self.json({'url': url, 'name': repo_id, 'id': repo_id})
+
+    def create_branch(self, body: bytes, repo_id: str, branch: str) -> None:
+        repo = self.may_write(repo_id) and self.find(repo_id)
+        if repo:
+            repo.branches.setdefault(branch, repo.branches['main'])
+            self.json({})
+
+    def info(self, body: bytes, repo_id: str, revision: Optional[str]) -> None:
+        revision = revision or 'main'
+        repo = self.find(repo_id, revision)
+        if not repo:
+            return
+        siblings = []
+        for path, content in repo.files(revision).items():
+            blob = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+            sibling = {'rfilename': path, 'size': len(content), 'blobId': blob}
+            if _is_lfs(path):
+                sibling['lfs'] = {
+                    'sha256': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 134}
+            siblings.append(sibling)
+        self.json({
+            'id': repo_id, 'modelId': repo_id, 'sha': repo.branches.get(revision, revision), 'private': repo.private,
+            'siblings': siblings, 'tags': [], 'downloads': 0, 'likes': 0})
+
+    def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
+        if self.may_write(repo_id) and self.find(repo_id, revision):
+            self.json({'files': [
+                {'path': f['path'], 'uploadMode': 'lfs' if _is_lfs(f['path']) else 'regular', 'shouldIgnore': False}
+                for f in json.loads(body)['files']]})
+
+    def lfs_batch(self, body: bytes, repo_id: str) -> None:
+        if not self.may_write(repo_id):
+            return
+        objects = []
+        for wanted in json.loads(body)['objects']:
+            if wanted['oid'] not in self.hub.lfs:
+                # The real one's address is signed, and needs no token.
+                href = f"{self.hub.url}/lfs/{wanted['oid']}"
+                wanted['actions'] = {'upload': {'href': href}, 'verify': {'href': f'{self.hub.url}/lfs-verify'}}
+            objects.append(wanted)
+        self.json({'transfer': 'basic', 'objects': objects})
+
+    def lfs_put(self, body: bytes, oid: str) -> None:
+        if self.fault == 'corrupt':
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        elif hashlib.sha256(body).hexdigest() != oid:
+            return self.json({'error': 'wrong content'}, 400)
+        self.hub.lfs[oid] = body
+        self.send(b'')
+
+    def lfs_verify(self, body: bytes) -> None:
+        self.json({}, 200 if json.loads(body)['oid'] in self.hub.lfs else 404)
+
+    def commit(self, body: bytes, repo_id: str, branch: str) -> None:
+        repo = self.may_write(repo_id) and self.find(repo_id, branch)
+        if not repo:
+            return
+        lines = [json.loads(line) for line in body.splitlines()]
+        parent = lines[0]['value'].get('parentCommit')
+        if parent not in (None, repo.branches[branch]):
+            return self.json({'error': 'parent commit is not the head'}, 412)
+        files = dict(repo.files(branch))
+        for line in lines[1:]:
+            value = line['value']
+            if line['key'] == 'file':
+                files[value['path']] = base64.b64decode(value['content'])
+            elif line['key'] == 'lfsFile':
+                files[value['path']] = self.hub.lfs[value['oid']]
+            else:
+                del files[value['path']]
+        oid = repo.commit(branch, files)
+        self.json({'success': True, 'commitOid': oid, 'commitUrl': f'{self.hub.url}/{repo_id}/commit/{oid}'})
+
+    def resolve(self, body: bytes, repo_id: str, revision: str, path: str) -> None:
+        repo = self.find(repo_id, revision)
+        if not repo:
+            return
+        commit = repo.branches.get(revision, revision)
+        content = repo.files(revision).get(path)
+        if content is None:
+            return self.json({'error': 'Entry not found'}, 404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
+        etag = (hashlib.sha256 if _is_lfs(path) else hashlib.sha1)(content).hexdigest()
+        headers = {'ETag': f'"{etag}"', 'X_Repo_Commit': commit, 'Accept_Ranges': 'bytes'}
+        wanted = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or '')
+        start = int(wanted.group(1)) if wanted else 0
+        if start:
+            headers['Content_Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
+        self.send(content[start:], 206 if start else 200, **headers)
+
+    def plain_file(self, body: bytes, path: str) -> None:
+        self.send(self.hub.lfs[path])
+
+
+ROUTES = [
+    ('GET', '/api/whoami-v2', _Handler.whoami),
+    ('POST', '/api/validate-yaml', _Handler.validate_yaml),
+    ('POST', '/api/repos/create', _Handler.create_repo),
+    ('POST', r'/api/models/([^/]+/[^/]+)/branch/(.+)', _Handler.create_branch),
+    ('POST', r'/api/models/([^/]+/[^/]+)/preupload/(.+)', _Handler.preupload),
+    ('POST', r'/api/models/([^/]+/[^/]+)/commit/(.+)', _Handler.commit),
+    ('GET', r'/api/models/([^/]+/[^/]+)(?:/revision/(.+))?', _Handler.info),
+    ('POST', r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', _Handler.lfs_batch),
+    ('PUT', r'/lfs/([0-9a-f]+)', _Handler.lfs_put),
+    ('POST', '/lfs-verify', _Handler.lfs_verify),
+    ('GET|HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _Handler.resolve),
+    ('GET', r'/files/(.+)', _Handler.plain_file),
+]

@@ -117,8 +117,8 @@ def create_loader(
     if change is not None:
         if kwargs.get('use_prefetcher', True) or kwargs.get('input_size_choices'):
             raise ValueError(
-                f"The crop mode '{train_crop_mode}' needs --no-prefetcher, for it works on normalised images, and takes "
-                'no --train-img-sizes.')
+                f"The crop mode '{train_crop_mode}' needs --no-prefetcher, for it works on normalised images, and "
+                'takes no --train-img-sizes.')
         train_crop_mode = None
         kwargs.update(settings)
     loader = _timm_create_loader(dataset, *args, is_training=True, train_crop_mode=train_crop_mode, **kwargs)

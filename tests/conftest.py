@@ -23,6 +23,9 @@ import torch  # noqa: E402
 import gunn_timm  # noqa: E402, F401
 
 ROOT = Path(__file__).parents[1]
+# timm's train.py and validate.py are in its repository and in no release: the tests of them run where there is a clone.
+_CHECKOUT = os.environ.get('TIMM_CHECKOUT')
+timm_checkout = pytest.mark.skipif(not _CHECKOUT, reason='needs TIMM_CHECKOUT, a clone of pytorch-image-models')
 
 # One of each kind that the entry points are made of, small enough to compile and export in seconds.
 TINY: Dict[str, Dict[str, Any]] = {
@@ -100,3 +103,8 @@ def hub(running_hub: LoopbackHub) -> LoopbackHub:
     """An empty hub; HF_ENDPOINT has its address."""
     running_hub.reset()
     return running_hub
+
+
+@pytest.fixture
+def checkout() -> Path:
+    return Path(_CHECKOUT)

@@ -12,8 +12,9 @@ import timm
 import torch
 from conftest import ROOT
 from PIL import Image
+from timm.utils import accuracy
 
-from gunn_timm.weights import WeightsRecord
+from gunn_timm.weights import WeightsRecord, probe_images
 
 spec = importlib.util.spec_from_file_location('validate', ROOT / 'validate.py')
 validate = importlib.util.module_from_spec(spec)
@@ -104,6 +105,20 @@ def test_results_file(results_format, arguments, tmp_path, capsys):
     assert [f.name for f in tmp_path.iterdir()] == ['results']
 
 
+def test_logits_file(arguments, expected, checkpoint, tmp_path, capsys):
+    file = tmp_path / 'logits.safetensors'
+    assert validate.main([*arguments, '--logits-file', str(file)]) == 0
+    kept = safetensors.torch.load_file(file)
+    assert kept['logits'].shape == (COUNT, 10)
+    top1, top5 = accuracy(kept['logits'], kept['targets'], (1, 5))
+    assert (round(top1.item(), 4), round(top5.item(), 4)) == expected
+    model = timm.create_model('gunn15').eval()
+    model.load_state_dict(safetensors.torch.load_file(checkpoint))
+    with torch.no_grad():
+        assert torch.equal(kept['probe_logits'], model(probe_images((3, 32, 32))))
+    assert [f.name for f in tmp_path.iterdir()] == ['logits.safetensors']
+
+
 def test_batch_size_backs_off(arguments, capsys, monkeypatch):
     assert validate.main(arguments) == 0
     found = result(capsys)
@@ -124,7 +139,7 @@ def test_batch_size_backs_off(arguments, capsys, monkeypatch):
 def test_comparison_with_the_record(checkpoint, expected, arguments, capsys, monkeypatch):
     top1, top5 = expected
     record = WeightsRecord(
-        'gunn15.cifar10', '', '', 0, 'float32', 0, '', [], {}, dict(top1=top1, top5=top5), {})
+        'gunn15.cifar10', '', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5), {}, '')
     monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
     create_model = validate.create_model
     state = safetensors.torch.load_file(checkpoint)

@@ -1,14 +1,20 @@
 import dataclasses
 import hashlib
+import json
 
+import jsonschema
 import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
 from conftest import ROOT, create_tiny
+from timm.utils import accuracy
 
 from gunn_timm import weights
-from gunn_timm.weights import WeightsRecord, load_checkpoint, model_infos, verify, weights_records
+from gunn_timm.weights import WeightsRecord, load_checkpoint, model_infos, probe_images, verify, weights_records
+
+SCHEMA = json.loads((ROOT / 'weights' / 'record.schema.json').read_text())
 
 
 @pytest.mark.parametrize('name', weights_records())
@@ -23,17 +29,54 @@ def test_records_are_true(name):
     assert sum(p.numel() for p in model.parameters()) == record.parameters == model_infos()[name].parameters
     for key, value in model.state_dict().items():
         assert torch.equal(value, tensors[key].to(value.dtype)), key
-    assert len(record.label_names) == model.num_classes == len(model.pretrained_cfg['label_names'])
-    assert (ROOT / record.training['recipe']).is_file()
+    cfg = model.pretrained_cfg
+    assert record.label_names == list(cfg['label_names']) and len(record.label_names) == model.num_classes
+    assert cfg['file'] == str(record.path) and cfg['license'] == record.license
+    for key, value in record.preprocessing.items():
+        assert cfg[key] == (tuple(value) if isinstance(value, list) else value)
+    assert record.metrics['images'] == record.dataset['test_images']
+    assert record.metrics['epoch'] == 'last' or record.dataset['held_out_images']
 
 
 @pytest.mark.parametrize('name', weights_records())
-def test_records_say_how_the_weights_were_made_and_measured(name):
+def test_accuracy_and_logits_are_the_recorded_ones(name):
+    """The record's accuracy follows from the logits kept beside it, and the network still computes such logits."""
     record = weights_records()[name]
-    assert {'name', 'copy', 'train_images', 'test_images'} <= set(record.dataset)
-    assert {'top1', 'top5', 'images', 'epoch', 'ema', 'test_time_augmentation', 'command'} <= set(record.metrics)
-    assert record.metrics['images'] == record.dataset['test_images']
-    assert {'recipe', 'command', 'epochs', 'seed', 'hardware', 'wall_time', 'date', 'versions'} <= set(record.training)
+    kept = safetensors.torch.load_file(record.path.parent / record.logits_file)
+    assert kept['logits'].shape == (record.metrics['images'], len(record.label_names))
+    top1, top5 = accuracy(kept['logits'], kept['targets'], (1, 5))
+    # The logits are float32, the record has two decimals.
+    assert round(top1.item(), 2) == record.metrics['top1'] and round(top5.item(), 2) == record.metrics['top5']
+    model = timm.create_model(name, pretrained=True).eval()
+    with torch.inference_mode():
+        logits = model(probe_images(record.preprocessing['input_size']))
+    # Another processor sums in another order: rounding errors, through some seventy layers.
+    assert torch.allclose(logits, kept['probe_logits'], atol=2e-3)
+
+
+def documents():
+    return {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / 'weights').glob('*.*.yaml')}
+
+
+def test_every_record_is_read_and_fits_the_schema():
+    assert set(documents()) == {f'{name}.yaml' for name in weights_records()}
+    for document in documents().values():
+        jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    fields = {field.name for field in dataclasses.fields(WeightsRecord)} - {'name'}
+    assert fields == set(SCHEMA['properties'])
+    required = {f.name for f in dataclasses.fields(WeightsRecord) if f.default is dataclasses.MISSING} - {'name'}
+    assert required == set(SCHEMA['required'])
+
+
+@pytest.mark.parametrize('change', [
+    {'sha256': 'f7b3'}, {'size': '6 MB'}, {'dtype': 'int8'}, {'file': 'weights.pth'}, {'colour': 'blue'},
+    {'metrics': {}}, {'label_names': ['one']}, {'url': 'http://x.org/x.bin'}, {'training': None},
+    {'hub': {'repo_id': 'org/x', 'revision': 'main'}},
+])
+def test_schema_refuses(change):
+    document = next(iter(documents().values()))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**document, **change}, SCHEMA)
 
 
 @pytest.fixture
@@ -44,14 +87,14 @@ def shipped(tmp_path, monkeypatch) -> WeightsRecord:
     safetensors.torch.save_file(model.state_dict(), file)
     record = WeightsRecord(
         'gunn15.cifar10', file.name, hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size, 'float32', 0,
-        'apache-2.0', ['a'] * 7, {}, {}, {})
+        'apache-2.0', ['a'] * 7, {}, {}, {}, {}, '')
     monkeypatch.setattr(weights, '_weights_dir', lambda: tmp_path)
-    monkeypatch.setattr('gunn_timm.gunn.weights_records', lambda: {record.name: record})
+    monkeypatch.setitem(weights_records(), record.name, record)
     return record
 
 
 def test_any_changed_byte_is_refused(shipped):
-    verify(shipped)
+    verify(shipped.path, shipped.sha256)
     original = shipped.path.read_bytes()
     overlay = dict(file=str(shipped.path), num_classes=7)
     kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, channels=(8, 12, 12), segments=(2, 3, 2))
@@ -64,10 +107,11 @@ def test_any_changed_byte_is_refused(shipped):
             timm.create_model('gunn15', **kwargs)
     shipped.path.write_bytes(original[:-1])
     with pytest.raises(ValueError, match='is not the published file'):
-        verify(shipped)
+        timm.create_model('gunn15', **kwargs)
+    assert shipped.path.is_file()
     shipped.path.unlink()
-    with pytest.raises(FileNotFoundError, match='weights of gunn15.cifar10 are missing'):
-        verify(shipped)
+    with pytest.raises(FileNotFoundError, match="The weights are missing: no file '.*gunn15.cifar10.safetensors'"):
+        timm.create_model('gunn15', **kwargs)
 
 
 @pytest.mark.parametrize('text, problem', [('{sha256: 0}', 'missing'), ('{colour: blue}', 'unexpected')])

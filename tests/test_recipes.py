@@ -1,0 +1,113 @@
+"""The recipes, as far as they can be checked without running them: what timm makes of them."""
+import argparse
+import re
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, timm_checkout
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from gunn_timm.weights import weights_records
+
+RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 'recipes').glob('*.yaml'))}
+PAPER = [name for name in RECIPES if name.endswith('_paper')]
+
+
+def optimizer_and_scheduler(recipe, updates_per_epoch=10):
+    defaults = dict(momentum=0.9, min_lr=0., decay_epochs=90, cooldown_epochs=0, patience_epochs=10)
+    args = argparse.Namespace(**{**defaults, **recipe})
+    model = timm.create_model(recipe['model'], device='meta')
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **recipe.get('opt_kwargs', {}))
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
+    return model, optimizer, scheduler, epochs
+
+
+def rates(optimizer, scheduler, epochs):
+    found = []
+    for epoch in range(epochs):
+        found.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1)
+    return found
+
+
+def test_there_is_one_for_each():
+    nets = [f'{net}_{data}' for net, data in (
+        ('gunn15', 'cifar10'), ('gunn15', 'cifar100'), ('gunn24', 'cifar10'), ('gunn24', 'cifar100'),
+        ('gunn18', 'in1k'), ('wide_gunn18', 'in1k'))]
+    assert {f'{net}_{kind}' for net in nets for kind in ('paper', 'modern')} <= set(RECIPES)
+    for record in weights_records().values():
+        assert all((ROOT / recipe).is_file() for recipe in record.training['recipe'])
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_names_and_files(name):
+    recipe = RECIPES[name]
+    architecture, data, _ = re.fullmatch(r'(.+)_([^_]+)_([^_]+)', name).groups()
+    model = timm.create_model(recipe['model'], device='meta')
+    assert model.pretrained_cfg['architecture'] == architecture and model.pretrained_cfg['tag'] == data
+    text = (ROOT / 'recipes' / f'{name}.yaml').read_text()
+    assert f'-c recipes/{name}.yaml' in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_optimizer(name):
+    """Section 6: SGD with Nesterov's momentum 0.9, no dampening, and weight decay 1e-4 on every parameter."""
+    model, optimizer, _, _ = optimizer_and_scheduler(RECIPES[name])
+    group, = optimizer.param_groups
+    assert {id(p) for p in group['params']} == {id(p) for p in model.parameters()}
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {k: group[k] for k in ('lr', 'momentum', 'nesterov', 'dampening', 'weight_decay')} == dict(
+        lr=0.1, momentum=0.9, nesterov=True, dampening=0, weight_decay=1e-4)
+    # What timm does by default is another thing.
+    args = argparse.Namespace(**RECIPES[name])
+    assert len(create_optimizer_v2(model, **optimizer_kwargs(cfg=args)).param_groups) == 2
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_schedule(name):
+    recipe = RECIPES[name]
+    # The authors' code divides in the 150th and the 225th epoch on CIFAR, and after the 30th and the 60th on ImageNet.
+    drops = (149, 224, 300) if 'cifar' in name else (30, 60, 90)
+    _, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)
+    assert recipe['batch_size'] == (64 if 'cifar' in name else 256)
+    expected = [0.1] * drops[0] + [0.01] * (drops[1] - drops[0]) + [0.001] * (drops[2] - drops[1])
+    assert rates(optimizer, scheduler, epochs) == pytest.approx(expected)
+    # No augmentation, regularisation or averaging that the paper does not have.
+    assert recipe['smoothing'] == 0 and not {'aa', 'mixup', 'cutmix', 'reprob', 'drop', 'model_ema'} & set(recipe)
+    assert recipe['train_crop_mode'] == ('pad4' if 'cifar' in name else 'rrc+lighting')
+
+
+def test_authors_imagenet_schedule():
+    text = (ROOT / 'recipes' / 'gunn18_in1k_paper.yaml').read_text()
+    epochs, milestones = re.search(r'--epochs (\d+) --decay-milestones ([\d ]+)', text).groups()
+    recipe = {**RECIPES['gunn18_in1k_paper'], 'epochs': int(epochs),
+              'decay_milestones': list(map(int, milestones.split()))}
+    _, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)
+    assert rates(optimizer, scheduler, epochs) == pytest.approx(
+        [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.00001] * 30)
+
+
+@pytest.mark.parametrize('name', [name for name in RECIPES if name not in PAPER])
+def test_cosine_recipes_exempt_norms_and_anneal(name):
+    recipe = RECIPES[name]
+    model, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)
+    assert sorted(group['weight_decay'] for group in optimizer.param_groups) == [0, recipe['weight_decay']]
+    scheduler.step_update(epochs * 10)
+    assert optimizer.param_groups[0]['lr'] <= recipe['lr'] / 1000
+    assert all(p.ndim > 1 for g in optimizer.param_groups if g['weight_decay'] for p in g['params'])
+
+
+@timm_checkout
+@pytest.mark.parametrize('name', RECIPES)
+def test_keys_are_options_of_train_py(name, run, checkout):
+    code = '''
+import sys, yaml, runpy
+options = {a.dest for a in runpy.run_path(sys.argv[1])['parser']._actions}
+print(set(yaml.safe_load(open(sys.argv[2]))) - options)
+'''
+    result = run('-c', code, checkout / 'train.py', ROOT / 'recipes' / f'{name}.yaml', cwd='/')
+    assert result.stdout.strip() == 'set()', result.stderr

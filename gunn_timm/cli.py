@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-from .hub import publish
+from .hub import model_card, publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
-from .weights import WeightsRecord, model_infos, weights_records
+from .weights import WeightsRecord, find_record, model_infos, weights_records
 
 __all__ = ['main', 'models_table']
 
@@ -70,6 +70,10 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"  {entry['probability']:6.1%}  {entry['label']}")
 
 
+def _card(args: argparse.Namespace) -> None:
+    print(model_card(find_record(args.name)), end='')
+
+
 def _publish(args: argparse.Namespace) -> None:
     if args.all == bool(args.name):
         raise ValueError('Give either the name of a weight or --all.')
@@ -101,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser('list', help='list the models and tags, and which have weights')
     command.add_argument('--markdown', action='store_true', help="print the README's table")
     command.set_defaults(function=_list)
+
+    command = commands.add_parser('card', help='print the model card of published weights, written from their record')
+    command.add_argument('name', metavar='NAME', help="weight, 'gunn15.cifar10' say")
+    command.set_defaults(function=_card)
 
     command = commands.add_parser(
         'publish', help='publish weights on the Hugging Face Hub',

@@ -23,23 +23,24 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from . import __version__
 from ._timm import save_config_for_hf
-from .weights import HUB_FILE, WeightsRecord, available_weights, license_path, model_infos, verify, weights_records
+from .weights import HUB_FILE, WeightsRecord, find_record, license_path, model_infos, verify
 
 __all__ = ['Publication', 'model_card', 'publish', 'repository_files']
 
 _PICKLES = ('.bin', '.ckpt', '.pkl', '.pickle', '.pt', '.pth', '.tar')
 
 
-def model_card(record: WeightsRecord, repo_id: str) -> str:
+def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
     """Write the card of a weight, from its record alone.
 
     Args:
         record: Record of the weight.
-        repo_id: Repository the card is for, 'ORG/NAME'.
+        repo_id: Repository the card is for, 'ORG/NAME'; None for the card beside the record.
 
     Returns:
-        README.md of the repository: front matter and Markdown.
+        Front matter and Markdown.
     """
+    source = record.name if repo_id is None else f'hf-hub:{repo_id}'
     info, dataset, metrics, training = model_infos()[record.name], record.dataset, record.metrics, record.training
     _, height, width = record.preprocessing['input_size']
     augmentation = metrics['test_time_augmentation']
@@ -98,7 +99,7 @@ pip install gunn-timm
 import gunn_timm, timm, torch
 from PIL import Image
 
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+model = timm.create_model('{source}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = Image.open('picture.jpg').convert('RGB')
 with torch.inference_mode():
@@ -111,7 +112,7 @@ Feature maps:
 ```python
 import gunn_timm, timm, torch
 
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True, features_only=True).eval()
+model = timm.create_model('{source}', pretrained=True, features_only=True).eval()
 for features in model(torch.randn(1, 3, {height}, {width})):
     print(features.shape)
 ```
@@ -121,7 +122,7 @@ Embeddings:
 ```python
 import gunn_timm, timm, torch
 
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True, num_classes=0).eval()
+model = timm.create_model('{source}', pretrained=True, num_classes=0).eval()
 print(model(torch.randn(1, 3, {height}, {width})).shape)
 ```
 
@@ -286,11 +287,10 @@ def publish(
         OSError: The hub refused or could not be reached; nothing is published then. Or what it gives back is not what
             was sent, which the message says.
     """
-    if name not in weights_records():
-        raise ValueError(f"No weights '{name}'; weights exist for: {available_weights()}.")
+    record = find_record(name)
     if repo_id.count('/') != 1:
         raise ValueError(f"The repository must be 'ORG/NAME'; got '{repo_id}'.")
-    files = repository_files(weights_records()[name], repo_id)
+    files = repository_files(record, repo_id)
     sizes = {path: len(content) for path, content in files.items()}
     if dry_run:
         return Publication(name, repo_id, None, list(files), sizes)

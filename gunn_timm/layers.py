@@ -71,6 +71,12 @@ class ConvNormAct(nn.Module):
             self.conv.weight, self.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         self.bn = nn.Identity()
 
+    def is_folded(self) -> bool:
+        """Whether all that is left is a convolution with a bias and perhaps a ReLU."""
+        return (
+            type(self.conv) is nn.Conv2d and self.conv.bias is not None
+            and type(self.bn) is nn.Identity and type(self.act) in (nn.Identity, nn.ReLU))
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions, each with a norm, the first two with an activation (paper section 5.1).
@@ -156,6 +162,35 @@ class UpdateUnit(nn.Module):
             else:
                 out = out + block(out)
         return self.drop_path(out)
+
+    def is_folded(self) -> bool:
+        """Whether `add_to` can stand for `forward`."""
+        parts = [*self.blocks[0].children(), *([] if self.shortcut is None else [self.shortcut])]
+        return (
+            len(self.blocks) == 1 and all(part.is_folded() for part in parts)
+            and not (self.training and isinstance(self.drop_path, DropPath)))
+
+    def add_to(self, segment: torch.Tensor, state: torch.Tensor) -> None:
+        """Add the output to a segment in place, within the last matrix product, once the norms are folded.
+
+        Args:
+            segment: What to add to, shape (N, H, W, out_chs) and a slice of a contiguous tensor's channels, maybe of the
+                state's.
+            state: Input of shape (N, H, W, in_chs), contiguous.
+        """
+        block = self.blocks[0]
+        rows = state.flatten(0, 2)
+        out = None if self.shortcut is None else _matrix_product(self.shortcut.conv, rows)
+        hidden = _matrix_product(block.conv1.conv, rows).relu_()
+        hidden = hidden.view(*state.shape[:3], -1).permute(0, 3, 1, 2)
+        hidden = block.conv2.conv(hidden).relu_().permute(0, 2, 3, 1).reshape(len(rows), -1)
+        segment_rows = segment.flatten(0, 2)
+        segment_rows.addmm_(hidden, block.conv3.conv.weight.flatten(1).t())
+        segment_rows.add_(block.conv3.conv.bias if out is None else out.add_(block.conv3.conv.bias))
+
+
+def _matrix_product(conv: nn.Conv2d, rows: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(conv.bias, rows, conv.weight.flatten(1).t())
 
 
 @register_notrace_module
@@ -255,10 +290,30 @@ class GunnLayer(nn.Module):
             if backend == 'gradual':
                 return gradual_update(x, self.units, self.residual, self.ordered, self.grad_checkpointing)
             if backend == 'in_place':
+                if self._can_run_folded(x):
+                    return self._forward_folded(x)
                 return update_in_place(x, self.units, self.residual, self.ordered)
             if self.grad_checkpointing and torch.compiler.is_compiling():
                 return checkpoint(self._forward_plain, x)
         return self._forward_plain(x)
+
+    @torch.jit.unused
+    def _can_run_folded(self, x: torch.Tensor) -> bool:
+        return (
+            self.residual
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.is_autocast_enabled(x.device.type)
+            and all(unit.is_folded() for unit in self.units)
+        )
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def _forward_folded(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)
+        y = x.clone(memory_format=torch.contiguous_format)
+        for unit, segment in zip(self.units, y.chunk(self.num_segments, dim=3)):
+            unit.add_to(segment, y if self.ordered else x)
+        return y.permute(0, 3, 1, 2)
 
     def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:
         segments = list(x.chunk(self.num_segments, dim=1))

@@ -20,8 +20,8 @@ from timm.models import PretrainedCfg, load_state_dict
 from ._timm import download_cached_file
 
 __all__ = [
-    'ModelInfo', 'WeightsRecord', 'available_weights', 'fetch_verified', 'license_path', 'load_checkpoint',
-    'model_infos', 'pretrained_source', 'probe_images', 'sha256_of', 'verify', 'weights_records',
+    'ModelInfo', 'WeightsRecord', 'available_weights', 'fetch_verified', 'find_record', 'license_path',
+    'load_checkpoint', 'model_infos', 'pretrained_source', 'probe_images', 'sha256_of', 'verify', 'weights_records',
 ]
 
 HUB_FILE = 'model.safetensors'
@@ -121,6 +121,20 @@ def weights_records() -> Dict[str, WeightsRecord]:
 def available_weights() -> str:
     """Name the tags that have weights, for messages."""
     return ', '.join(weights_records()) or 'none'
+
+
+def find_record(name: str) -> WeightsRecord:
+    """Look up the record of a weight.
+
+    Args:
+        name: Architecture and tag.
+
+    Raises:
+        ValueError: There is no such weight.
+    """
+    if name not in weights_records():
+        raise ValueError(f"No weights '{name}'; weights exist for: {available_weights()}.")
+    return weights_records()[name]
 
 
 def license_path() -> Path:

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm.layers import GunnLayer, set_backend
+from gunn_timm.layers import GunnLayer, UpdateUnit, set_backend
 from gunn_timm.weights import model_infos, weights_records
 
 MODELS = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
@@ -297,6 +297,39 @@ def test_reparameterized_model_is_the_same(tiny_name):
     # timm's scripts fold before they call eval().
     trained = timm.utils.reparameterize_model(model.train()).eval()
     assert torch.equal(trained(x), folded(x))
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn15', 'sunn18'])
+def test_folded_units_add_within_the_matrix_product(name, monkeypatch):
+    model = create_tiny(name, drop_path_rate=0.5).double().eval().to(memory_format=torch.channels_last)
+    x = images(model).double().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model(x)
+    folded = timm.utils.reparameterize_model(model)
+    calls = []
+    add_to = UpdateUnit.add_to
+    monkeypatch.setattr(UpdateUnit, 'add_to', lambda *args: calls.append(add_to(*args)))
+    with torch.inference_mode():
+        assert relative(folded(x), expected) <= EXACT
+        count = sum(len(stage.layer.units) for stage in folded.stages)
+        assert len(calls) == count
+        # Where it cannot be done that way it is done the other, with the same result.
+        calls.clear()
+        contiguous = copy.deepcopy(folded).to(memory_format=torch.contiguous_format)
+        assert relative(contiguous(x.contiguous()), expected) <= EXACT
+        assert relative(torch.compile(folded, fullgraph=True, backend='eager')(x), expected) <= EXACT
+        with torch.autocast('cpu', torch.bfloat16):
+            copy.deepcopy(folded).float()(x.float())
+        assert calls == []
+        handle = folded.stages[0].layer.units[0].register_forward_hook(lambda *args: None)
+        assert relative(folded(x), expected) <= EXACT
+        handle.remove()
+        assert len(calls) == count - len(folded.stages[0].layer.units)
+        calls.clear()
+        folded.train()(x)
+        # Dropping a path is the units' own work.
+        assert calls == []
+    assert relative(folded.eval()(x), expected) <= EXACT
 
 
 def test_freezing_batchnorm_takes_effect():

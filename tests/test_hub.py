@@ -389,6 +389,14 @@ def test_card_and_configuration_agree_with_the_record(name):
     assert not re.search(r'None|\{|\[More Information', re.sub(r'```.*?```', '', card.text, flags=re.DOTALL))
 
 
+@pytest.mark.parametrize('name', weights_records())
+def test_card_beside_the_record_is_current(name, capsys):
+    """`python -m gunn_timm card NAME > weights/NAME.md` writes it."""
+    assert main(['card', name]) == 0
+    written, kept = ModelCard(capsys.readouterr().out), ModelCard((ROOT / 'weights' / f'{name}.md').read_text())
+    assert kept.text == written.text and kept.data.to_dict() == written.data.to_dict()
+
+
 def test_code_on_the_card_runs(published, run, tmp_path):
     blocks = re.findall(r'```python\n(.*?)```', model_card(weights_records()[NAME], REPO), re.DOTALL)
     assert len(blocks) == 3

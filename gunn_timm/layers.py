@@ -174,8 +174,7 @@ class UpdateUnit(nn.Module):
         """Add the output to a segment in place, within the last matrix product, once the norms are folded.
 
         Args:
-            segment: What to add to, shape (N, H, W, out_chs) and a slice of a contiguous tensor's channels, maybe of the
-                state's.
+            segment: What to add to, shape (N, H, W, out_chs), a slice of channels of a contiguous tensor.
             state: Input of shape (N, H, W, in_chs), contiguous.
         """
         block = self.blocks[0]

@@ -215,8 +215,9 @@ def test_retain_graph():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('memory_format', FORMATS)
-def test_autocast_is_no_further_off_than_concatenation(memory_format):
+def test_autocast_is_no_further_off_than_concatenation(memory_format, dtype):
     gradual, plain = twins('cifar', torch.float)
     exact = copy.deepcopy(plain).double()
     errors = {}
@@ -226,10 +227,10 @@ def test_autocast_is_no_further_off_than_concatenation(memory_format):
     y_exact.backward(grad.double())
     for name, layer in (('gradual', gradual), ('plain', plain)):
         x_low = x.clone().requires_grad_()
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast('cpu', dtype):
             y = layer(x_low)
-        assert y.dtype == torch.bfloat16
-        y.backward(grad.bfloat16())
+        assert y.dtype == dtype
+        y.backward(grad.to(dtype))
         pairs = [(y, y_exact), (x_low.grad, x_exact.grad)]
         pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())]
         errors[name] = torch.tensor([relative(a, b) for a, b in pairs])

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
@@ -16,6 +16,13 @@ test: lint $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -q -n auto tests
 	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
 
+# glibc hands freed memory back to the system at once, and faults it in again a step later.
+bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/run.py
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
@@ -26,6 +33,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 $(TIMM_SOURCE): $(VENV)/installed-test

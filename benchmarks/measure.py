@@ -1,0 +1,194 @@
+"""How it is measured: step times in interleaved rounds, peak memory by the allocator, multiplications by counting."""
+import contextlib
+import statistics
+import time
+from typing import Any, Callable, Dict, List
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'step_times', 'summary', 'traffic']
+
+
+class Workload:
+    """A step of training or inference that can be called again and again.
+
+    Args:
+        model: Network.
+        batch_size: Images a step.
+        image_size: Height and width.
+        train: Forward, backward and an SGD update; else forward.
+        device: 'cpu' or 'cuda'.
+        dtype: torch.float32, or torch.bfloat16 for autocast to it.
+        mode: 'eager', 'compiled', or 'cuda_graph' (CUDA only).
+        in_chans: Channels of the input.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            batch_size: int,
+            image_size: int,
+            train: bool,
+            device: str = 'cpu',
+            dtype: torch.dtype = torch.float32,
+            mode: str = 'eager',
+            in_chans: int = 3,
+    ):
+        self.model = model.to(device, memory_format=torch.channels_last).train(train)
+        self.train, self.device, self.dtype = train, device, dtype
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, in_chans, image_size, image_size, generator=generator)
+        self.images = images.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True) if train else None
+        self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
+        if mode == 'compiled':
+            self.call = torch.compile(self.model)
+        self.step: Callable[[], Any] = self._train_step if train else self._infer
+        if mode == 'cuda_graph':
+            self.step = self._capture()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _train_step(self) -> None:
+        # Kept, so that a captured graph finds them where they were.
+        self.optimizer.zero_grad(set_to_none=False)
+        with self._autocast():
+            out = self.call(self.images)
+        out.float().square().mean().backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def _infer(self) -> torch.Tensor:
+        with self._autocast():
+            return self.call(self.images)
+
+    def _capture(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+    def timed(self) -> float:
+        """Run one step and return its seconds."""
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def step_times(workloads: Dict[str, Workload], rounds: int) -> Dict[str, List[float]]:
+    """Time each workload once a round, so that what else the machine does falls on all of them.
+
+    Args:
+        workloads: By name.
+        rounds: Rounds that count; one goes before to warm up.
+
+    Returns:
+        Seconds by name.
+    """
+    times: Dict[str, List[float]] = {name: [] for name in workloads}
+    for index in range(rounds + 1):
+        for name, workload in workloads.items():
+            seconds = workload.timed()
+            if index:
+                times[name].append(seconds)
+    return times
+
+
+def summary(seconds: List[float], batch_size: int) -> Dict[str, float]:
+    """Median and spread of step times.
+
+    Args:
+        seconds: Step times.
+        batch_size: Images a step.
+
+    Returns:
+        seconds (median), seconds_min, seconds_max and images_per_second (of the median).
+    """
+    median = statistics.median(seconds)
+    return dict(
+        seconds=median, seconds_min=min(seconds), seconds_max=max(seconds), images_per_second=batch_size / median)
+
+
+def peak_memory(workload: Workload) -> int:
+    """Measure how much more memory than before a step holds at its peak, in bytes, as the allocator counts it.
+
+    A step runs first, so that gradients and optimiser state, which stay, are not counted.
+    """
+    workload.step()
+    if workload.device == 'cuda':
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        workload.step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        workload.step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def kernel_launches(workload: Workload) -> int:
+    """Count the kernels that one step launches on a GPU."""
+    workload.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        workload.step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if event.device_type.name == 'CUDA')
+
+
+class _TrafficCounter(TorchDispatchMode):
+    """Adds up the sizes of what each operation reads and writes; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
+
+
+def traffic(workload: Workload) -> int:
+    """Count the bytes that the operations of one step read and write, each tensor once an operation."""
+    with _TrafficCounter() as counter:
+        workload.step()
+    return counter.bytes
+
+
+def gmacs(model: nn.Module, image_size: int, in_chans: int = 3) -> float:
+    """Count the multiply-accumulates of one image's forward pass, in units of 1e9.
+
+    Args:
+        model: Network; a form without folded norms.
+        image_size: Height and width.
+        in_chans: Channels of the input.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, in_chans, image_size, image_size, device=device))
+    model.train(training)
+    return counter.get_total_flops() / 2e9

@@ -2,13 +2,15 @@
 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
-from typing import Sequence, Union
+import functools
+from typing import Any, Sequence, Union
 
 import torch
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .gradual import gradual_update, update_in_place
 
@@ -192,6 +194,18 @@ def _matrix_product(conv: nn.Conv2d, rows: torch.Tensor) -> torch.Tensor:
     return torch.addmm(conv.bias, rows, conv.weight.flatten(1).t())
 
 
+def _keep_all_but_concatenations(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_cat = op is torch.ops.aten.cat.default
+    return CheckpointPolicy.MUST_RECOMPUTE if is_cat else CheckpointPolicy.PREFER_SAVE
+
+
+# What is compiled concatenates before every unit. Kept for backward, that is the P-fold memory which Algorithm 1 saves;
+# the segments are kept anyway, and putting them together again is cheap.
+_recompute_concatenations = functools.partial(create_selective_checkpoint_contexts, _keep_all_but_concatenations)
+# Before PyTorch 2.7 there is no telling, and the concatenations are kept.
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
+
+
 @register_notrace_module
 class GunnLayer(nn.Module):
     """A convolutional layer whose channels are updated segment by segment (paper Algorithm 1).
@@ -292,8 +306,10 @@ class GunnLayer(nn.Module):
                 if self._can_run_folded(x):
                     return self._forward_folded(x)
                 return update_in_place(x, self.units, self.residual, self.ordered)
-            if self.grad_checkpointing and torch.compiler.is_compiling():
-                return checkpoint(self._forward_plain, x)
+            if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
+                if self.grad_checkpointing:
+                    return checkpoint(self._forward_plain, x)
+                return checkpoint(self._forward_plain, x, use_reentrant=False, context_fn=_recompute_concatenations)
         return self._forward_plain(x)
 
     @torch.jit.unused

@@ -239,12 +239,20 @@ def test_autocast_is_no_further_off_than_concatenation(memory_format, dtype):
     assert errors['gradual'].max() <= 2 * errors['plain'].max()
 
 
-def held_bytes(num_segments: int, channels: int, backend: str, grad_checkpointing: bool = False) -> int:
+def held_bytes(
+        num_segments: int,
+        channels: int,
+        backend: str,
+        grad_checkpointing: bool = False,
+        compiled: bool = False,
+) -> int:
     """Bytes that a layer's forward leaves allocated, its output among them."""
     layer = GunnLayer(channels, num_segments, shortcut=True)
     layer.grad_checkpointing = grad_checkpointing
     set_backend(layer, backend)
     x = torch.randn(4, channels, 16, 16, requires_grad=True)
+    if compiled:
+        layer = torch.compile(layer, fullgraph=True, backend='aot_eager_decomp_partition')
     layer(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         y = layer(x)
@@ -265,6 +273,35 @@ def test_memory_is_flat_in_segments_and_linear_in_channels():
     random_state = torch.get_rng_state().numel()
     assert held_bytes(16, 64, 'gradual', grad_checkpointing=True) <= state + 16 * random_state
     assert held_bytes(8, 128, 'gradual') == pytest.approx(2 * held_bytes(8, 64, 'gradual'), rel=0.02)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compiled_training_is_the_same(variant):
+    torch.compiler.reset()
+    compiled, plain = twins(variant)
+    set_backend(compiled, 'auto')
+    step = torch.compile(compiled, fullgraph=True, backend='aot_eager_decomp_partition')
+    inputs = [make_input().requires_grad_() for _ in range(2)]
+    grad = torch.randn_like(inputs[0])
+    for _ in range(2):
+        for layer, x in zip((step, plain), inputs):
+            layer(x).backward(grad)
+    # Decomposed, some operations round otherwise.
+    if variant != 'drop_path':  # whose random numbers, compiled, are others
+        assert relative(inputs[0].grad, inputs[1].grad) <= 1e-12
+        for (name, p), q in zip(compiled.named_parameters(), plain.parameters()):
+            assert (p.grad - q.grad).norm() <= 1e-11 * max(q.grad.norm(), x.grad.norm()), name
+        for (name, b), c in zip(compiled.named_buffers(), plain.buffers()):
+            torch.testing.assert_close(b, c, rtol=1e-12, atol=1e-12, msg=name)
+    assert all(bn.num_batches_tracked == 2 for bn in compiled.modules() if isinstance(bn, nn.BatchNorm2d))
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='concatenations are kept before PyTorch 2.7')
+def test_compiled_training_takes_no_more_memory():
+    for segments in (4, 16):
+        eager = held_bytes(segments, 64, 'gradual')
+        torch.compiler.reset()
+        assert held_bytes(segments, 64, 'auto', compiled=True) <= 1.15 * eager
 
 
 def test_gradient_hooks_of_parameters_run_once():

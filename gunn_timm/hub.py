@@ -19,7 +19,7 @@ from huggingface_hub import (
     get_token,
     hf_hub_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from . import __version__
 from ._timm import save_config_for_hf
@@ -233,10 +233,10 @@ def _hub_errors(repo_id: str, state: str) -> Iterator[None]:
         reason = {
             401: 'the token is not valid, or not for this repository',
             403: 'the token has no right to write there',
-            412: 'somebody else committed in between',
+            412: 'there was a commit in between',
         }.get(getattr(e.response, 'status_code', None), ' '.join(str(e).split()))
         raise OSError(f'The hub refused {repo_id}: {reason}. {state}') from e
-    except (OSError, ValueError):
+    except HFValidationError:
         raise
     except Exception as e:  # the client's HTTP library, and with it the errors of the network, differ by version
         raise OSError(f'The hub could not be reached for {repo_id} ({type(e).__name__}: {e}). {state}') from e
@@ -298,18 +298,19 @@ def publish(
         raise ValueError('No token for the hub: log in with `hf auth login`, or set HF_TOKEN.')
 
     api = HfApi(library_name='gunn_timm', library_version=__version__)
-    with _hub_errors(repo_id, 'Nothing was published.'):
+    nothing = 'Nothing was published.'
+    with _hub_errors(repo_id, nothing):
         info = _open_repository(api, repo_id, revision, private)
-        there = {sibling.rfilename: sibling for sibling in info.siblings}
-        changed = [path for path, content in files.items() if path not in there or not _is_same(content, there[path])]
-        pickles = [path for path in there if path.endswith(_PICKLES)]
-        foreign = [path for path in changed if path in there] + pickles
-        if foreign and not force:
-            raise ValueError(
-                f'{repo_id} has other content already: {", ".join(foreign)}. Replace it with --force. '
-                'Nothing was published.')
-        if not changed and not pickles:
-            return Publication(name, repo_id, info.sha, [], sizes)
+    there = {sibling.rfilename: sibling for sibling in info.siblings}
+    changed = [path for path, content in files.items() if path not in there or not _is_same(content, there[path])]
+    pickles = [path for path in there if path.endswith(_PICKLES)]
+    foreign = [path for path in changed if path in there] + pickles
+    if foreign and not force:
+        raise ValueError(
+            f'{repo_id} has other content already: {", ".join(foreign)}. Replace it with --force. {nothing}')
+    if not changed and not pickles:
+        return Publication(name, repo_id, info.sha, [], sizes)
+    with _hub_errors(repo_id, 'The commit was made as a whole or not at all; publish again to be sure of it.'):
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(path, files[path]) for path in changed] + [CommitOperationDelete(p) for p in pickles],
@@ -320,9 +321,11 @@ def publish(
         ).oid
 
     state = f'It was committed there as {commit}, and is not to be trusted before it is read back.'
-    with _hub_errors(repo_id, state), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        with _hub_errors(repo_id, state):
+            paths = {path: hf_hub_download(repo_id, path, revision=commit, cache_dir=folder) for path in files}
         for path, content in files.items():
-            found = Path(hf_hub_download(repo_id, path, revision=commit, cache_dir=folder)).read_bytes()
+            found = Path(paths[path]).read_bytes()
             if found != content:
                 raise OSError(
                     f"{repo_id} does not give back what was sent: the SHA-256 of '{path}' is "

@@ -34,9 +34,11 @@ def _model_rows() -> List[List[str]]:
 
 def _provenance(record: WeightsRecord) -> str:
     metrics, training = record.metrics, record.training
+    height, width = record.preprocessing['input_size'][1:]
     return (
-        f"`{record.name}`: {record.dataset['name']} ({record.dataset['copy']}), {training['epochs']} epochs on "
-        f"{training['hardware']}, seed {training['seed']}, {metrics['epoch']} epoch, "
+        f"`{record.name}`: top-1 {metrics['top1']}%, top-5 {metrics['top5']}% on {record.dataset['name']} "
+        f"({record.dataset['copy']}) at {height}x{width}; {training['epochs']} epochs on {training['hardware']}, "
+        f"seed {', '.join(map(str, training['seed']))}, {metrics['epoch']} epoch, "
         f"{'EMA' if metrics['ema'] else 'no EMA'}, test-time augmentation: {metrics['test_time_augmentation']}; "
         f"measured on {metrics['images']} test images by `{metrics['command']}`.")
 

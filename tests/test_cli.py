@@ -24,6 +24,13 @@ def test_readme_table_is_current(capsys):
     assert table in (ROOT / 'README.md').read_text()
 
 
+def test_page_of_the_weights_is_current():
+    _, *provenance = models_table().split('\n\n')
+    assert len(provenance) == len(weights_records())
+    page = (ROOT / 'weights' / 'README.md').read_text()
+    assert all(line in page for line in provenance)
+
+
 @pytest.mark.parametrize('argv, message', [
     (['predict', 'missing.jpg'], "No image 'missing.jpg'."),
     (['predict', __file__], 'is not an image that can be read'),

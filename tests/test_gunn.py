@@ -51,7 +51,8 @@ def test_default_cfgs(name):
     cfg = timm.get_pretrained_cfg(name)
     tag = name.split('.')[1]
     assert cfg.license == 'apache-2.0' and cfg.paper_ids == 'arXiv:1711.09280' and cfg.origin_url
-    assert cfg.interpolation == 'bilinear' and cfg.classifier == 'fc'
+    # The authors' ImageNet code resizes with torch7's bicubic; CIFAR's images are not resized.
+    assert cfg.interpolation == ('bicubic' if tag == 'in1k' else 'bilinear') and cfg.classifier == 'fc'
     assert cfg.num_classes == {'cifar10': 10, 'cifar100': 100, 'in1k': 1000, 'mini_in100': 100}[tag]
     if tag.startswith('cifar'):
         mean, std = {

@@ -166,7 +166,7 @@ def _config(record: WeightsRecord) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'config.json'
         save_config_for_hf(
-            model, str(path), model_config=dict(label_names=record.label_names, sha256=record.sha256))
+            model, path, model_config=dict(label_names=record.label_names, sha256=record.sha256))
         config = json.loads(path.read_text())
     # It is at the top already, which is where timm looks first.
     config['pretrained_cfg'].pop('label_names', None)

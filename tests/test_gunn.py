@@ -302,6 +302,7 @@ def test_reparameterized_model_is_the_same(tiny_name):
 
 @pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn15', 'sunn18'])
 def test_folded_units_add_within_the_matrix_product(name, monkeypatch):
+    torch.compiler.reset()
     model = create_tiny(name, drop_path_rate=0.5).double().eval().to(memory_format=torch.channels_last)
     x = images(model).double().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():

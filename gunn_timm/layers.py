@@ -75,10 +75,8 @@ class ConvNormAct(nn.Module):
         self.bn = nn.Identity()
 
     def is_folded(self) -> bool:
-        """Whether all that is left is a convolution with a bias and perhaps a ReLU."""
-        return (
-            type(self.conv) is nn.Conv2d and self.conv.bias is not None
-            and type(self.bn) is nn.Identity and type(self.act) in (nn.Identity, nn.ReLU))
+        """Whether all that is left is a convolution with a bias, and the activation."""
+        return type(self.conv) is nn.Conv2d and self.conv.bias is not None and type(self.bn) is nn.Identity
 
 
 class Bottleneck(nn.Module):
@@ -183,8 +181,8 @@ class UpdateUnit(nn.Module):
         block = self.blocks[0]
         # First, for the segment may be part of the state.
         shortcut = None if self.shortcut is None else _pointwise(self.shortcut.conv, state)
-        hidden = _pointwise(block.conv1.conv, state).relu_()
-        hidden = block.conv2.conv(hidden.permute(0, 3, 1, 2)).relu_().permute(0, 2, 3, 1)
+        hidden = block.conv1.act(_pointwise(block.conv1.conv, state).permute(0, 3, 1, 2))
+        hidden = block.conv2.act(block.conv2.conv(hidden)).permute(0, 2, 3, 1)
         rows = segment.flatten(0, 2)
         rows.addmm_(hidden.reshape(len(rows), -1), block.conv3.conv.weight.flatten(1).t())
         segment.add_(block.conv3.conv.bias if shortcut is None else shortcut.add_(block.conv3.conv.bias))

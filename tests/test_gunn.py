@@ -334,6 +334,14 @@ def test_folded_units_add_within_the_matrix_product(name, monkeypatch):
     assert relative(folded.eval()(x), expected) <= EXACT
 
 
+@pytest.mark.parametrize('act_layer', [nn.Identity, nn.SiLU])
+def test_folded_units_keep_their_activation(act_layer):
+    model = create_tiny('gunn15', act_layer=act_layer).double().eval().to(memory_format=torch.channels_last)
+    x = images(model).double()
+    with torch.inference_mode():
+        assert relative(timm.utils.reparameterize_model(model)(x), model(x)) <= EXACT
+
+
 def test_freezing_batchnorm_takes_effect():
     model = create_tiny('gunn15').train()
     x = images(model)

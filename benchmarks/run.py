@@ -48,7 +48,7 @@ class Target(NamedTuple):
     limit: Optional[float]
 
 
-_TRAIN_224 = Case(('gunn18', 'sunn18', 'sunn18:grouped', 'resnet101'), True, 8, 160)
+_TRAIN_160 = Case(('gunn18', 'sunn18', 'sunn18:grouped', 'resnet101'), True, 8, 160)
 _TRAIN_32 = Case(('gunn15', 'sunn15'), True, 32, 32)
 _PEERS = ('resnet101', 'resnext101_32x4d', 'densenet161')
 _INFER_4 = Case(('gunn18', 'gunn18:folded', 'wide_gunn18:folded', *_PEERS), False, 4, 224)
@@ -56,7 +56,7 @@ _INFER_1 = Case(('gunn18', 'gunn18:folded', *_PEERS), False, 1, 224)
 _PLAIN = Case(('gunn18:plain',), True, 8, 160, timed=False)
 _BF16 = Case(('gunn18', 'gunn18:plain', 'sunn18'), True, 8, 160, 'bfloat16', timed=False)
 
-_SHORT = [_TRAIN_224, _PLAIN, _TRAIN_32, _INFER_4, _INFER_1, _BF16]
+_SHORT = [_TRAIN_160, _PLAIN, _TRAIN_32, _INFER_4, _INFER_1, _BF16]
 _LONG = [
     Case(('gunn18', 'sunn18', 'sunn18:grouped', 'resnet101', *_PEERS[1:]), True, 8, 160, 'bfloat16'),
     Case(('wide_gunn18', 'gunn18'), True, 4, 160),
@@ -65,13 +65,13 @@ _LONG = [
     Case(('gunn15', 'gunn15:folded', 'sunn15'), False, 64, 32),
 ]
 _TARGETS = [
-    Target('time', 'gunn18', 'sunn18', _TRAIN_224, 1.15),
-    Target('time', 'gunn18', 'sunn18:grouped', _TRAIN_224, 1.3),
-    Target('time', 'gunn18', 'resnet101', _TRAIN_224, 1.3),
+    Target('time', 'gunn18', 'sunn18', _TRAIN_160, 1.15),
+    Target('time', 'gunn18', 'sunn18:grouped', _TRAIN_160, 1.3),
+    Target('time', 'gunn18', 'resnet101', _TRAIN_160, 1.3),
     Target('time', 'gunn15', 'sunn15', _TRAIN_32, 1.25),
-    Target('memory', 'gunn18', 'sunn18', _TRAIN_224, 1.05),
+    Target('memory', 'gunn18', 'sunn18', _TRAIN_160, 1.05),
     Target('memory', 'gunn18', 'sunn18', _BF16, 1.05),
-    Target('memory', 'gunn18', 'sunn18:grouped', _TRAIN_224, 1.2),
+    Target('memory', 'gunn18', 'sunn18:grouped', _TRAIN_160, 1.2),
     Target('memory', 'gunn18', 'gunn18:plain', _BF16, None),
     *(Target('time', name, peer, case, limit)
       for case in (_INFER_4, _INFER_1)

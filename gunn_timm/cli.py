@@ -38,8 +38,7 @@ def _provenance(record: WeightsRecord) -> str:
     return (
         f"`{record.name}`: top-1 {metrics['top1']}%, top-5 {metrics['top5']}% on {record.dataset['name']} "
         f"({record.dataset['copy']}) at {height}x{width}; {training['epochs']} epochs on {training['hardware']}, "
-        f"seed {', '.join(map(str, training['seed']))}, {metrics['epoch']} epoch, "
-        f"{'EMA' if metrics['ema'] else 'no EMA'}, test-time augmentation: {metrics['test_time_augmentation']}; "
+        f"seed {', '.join(map(str, training['seed']))}, {record.how_measured}; "
         f"measured on {metrics['images']} test images by `{metrics['command']}`.")
 
 

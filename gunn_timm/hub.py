@@ -43,10 +43,6 @@ def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
     source = record.name if repo_id is None else f'hf-hub:{repo_id}'
     info, dataset, metrics, training = model_infos()[record.name], record.dataset, record.metrics, record.training
     _, height, width = record.preprocessing['input_size']
-    augmentation = metrics['test_time_augmentation']
-    how = (
-        f"{metrics['epoch']} epoch, {'EMA weights' if metrics['ema'] else 'no EMA'}, "
-        f"test-time augmentation: {augmentation}")
     data = ModelCardData(
         license=record.license,
         library_name='timm',
@@ -62,7 +58,7 @@ def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
                 dataset_name=f"{dataset['name']} ({dataset['copy']})",
                 dataset_split='test',
                 metric_type='accuracy',
-                metric_name=f'{metric} accuracy, in % ({how})',
+                metric_name=f'{metric} accuracy, in % ({record.how_measured})',
                 metric_value=metrics[key],
             ) for key, metric in (('top1', 'Top-1'), ('top5', 'Top-5'))
         ],
@@ -82,7 +78,7 @@ of a layer in order, each segment from those already updated. The package gunn_t
 | GMACs | {info.gmacs} at {info.input_size[1]}x{info.input_size[2]} |
 | image size | {height}x{width} |
 | classes | {len(record.label_names)} |
-| top-1 / top-5 accuracy | {metrics['top1']}% / {metrics['top5']}% ({how}) |
+| top-1 / top-5 accuracy | {metrics['top1']}% / {metrics['top5']}% ({record.how_measured}) |
 | measured on | all {metrics['images']} test images of {dataset['name']}: {dataset['copy']} |
 | measured by | `{metrics['command']}` |
 | paper | [Gradually Updated Neural Networks for Large-Scale Image Recognition](https://arxiv.org/abs/1711.09280) |

@@ -21,7 +21,7 @@ from ._timm import download_cached_file
 
 __all__ = [
     'ModelInfo', 'WeightsRecord', 'available_weights', 'fetch_verified', 'find_record', 'license_path',
-    'load_checkpoint', 'model_infos', 'pretrained_source', 'probe_images', 'sha256_of', 'verify', 'weights_records',
+    'load_checkpoint', 'model_infos', 'pretrained_source', 'probe_images', 'verify', 'weights_records',
 ]
 
 HUB_FILE = 'model.safetensors'
@@ -88,6 +88,14 @@ class WeightsRecord:
     def path(self) -> Path:
         """Where the file lies if it came with the package."""
         return _weights_dir() / self.file
+
+    @property
+    def how_measured(self) -> str:
+        """What must be said beside every figure: which epoch, averaged weights, test-time augmentation."""
+        metrics = self.metrics
+        return (
+            f"{metrics['epoch']} epoch, {'EMA' if metrics['ema'] else 'no EMA'}, "
+            f"test-time augmentation: {metrics['test_time_augmentation']}")
 
 
 def _weights_dir() -> Path:
@@ -163,18 +171,6 @@ def pretrained_source(name: str) -> Dict[str, Any]:
     return dict(**source, **preprocessing, label_names=tuple(record.label_names))
 
 
-def sha256_of(path: Union[str, Path]) -> str:
-    """Hash a file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its SHA-256, hexadecimal.
-    """
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> None:
     """Check that a file of weights is the one that was published.
 
@@ -190,7 +186,7 @@ def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> Non
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The weights are missing: no file '{path}'.")
-    found = sha256_of(path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found == sha256:
         return
     if downloaded:

@@ -10,7 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'step_times', 'summary', 'traffic']
+from gunn_timm.layers import compile_units
+
+__all__ = [
+    'MODES', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'profile', 'step_times', 'summary', 'traffic',
+]
+
+# What is compiled, and whether the step is captured in a CUDA graph.
+MODES = {
+    'eager': ('', False),
+    'compiled': ('whole', False),
+    'units compiled': ('units', False),
+    'CUDA graph': ('', True),
+    'units compiled, CUDA graph': ('units', True),
+}
 
 
 class Workload:
@@ -23,7 +36,7 @@ class Workload:
         train: Forward, backward and an SGD update; else forward.
         device: 'cpu' or 'cuda'.
         dtype: torch.float32, or torch.bfloat16 for autocast to it.
-        mode: 'eager', 'compiled', or 'cuda_graph' (CUDA only).
+        mode: One of `MODES`.
         in_chans: Channels of the input.
     """
 
@@ -45,10 +58,13 @@ class Workload:
         self.images = images.to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True) if train else None
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
-        if mode == 'compiled':
+        compiled, captured = MODES[mode]
+        if compiled == 'whole':
             self.call = torch.compile(self.model)
+        elif compiled == 'units':
+            compile_units(self.model)
         self.step: Callable[[], Any] = self._train_step if train else self._infer
-        if mode == 'cuda_graph':
+        if captured:
             self.step = self._capture()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -145,6 +161,26 @@ def peak_memory(workload: Workload) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def profile(workload: Workload, top: int = 8) -> Dict[str, float]:
+    """Measure which operations the time of one step on the CPU goes to.
+
+    Args:
+        workload: What to run; a step runs first, to warm up.
+        top: Operations to name.
+
+    Returns:
+        Share of the step by the operation's name, the largest first; what is left is 'other'.
+    """
+    workload.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        workload.step()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:top]
+    shares = {name.removeprefix('aten::'): times[name] / total for name in largest}
+    return {**shares, 'other': 1 - sum(shares.values())}
 
 
 def kernel_launches(workload: Workload) -> int:

@@ -3,7 +3,7 @@
 
     python benchmarks/run.py                        the short version, for two CPU cores: under five minutes
     python benchmarks/run.py --full                 more networks, batches and data types
-    python benchmarks/run.py --suite cuda --full    on a GPU: eager, compiled and in CUDA graphs
+    python benchmarks/run.py --suite cuda --full    on a GPU: eager, compiled, in CUDA graphs, and combinations
 
 Writes results.json, the tables as Markdown, and a plot of how time and memory grow, to the folder given by --out.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
@@ -20,7 +21,7 @@ import matplotlib
 import subjects
 import timm
 import torch
-from measure import Workload, gmacs, kernel_launches, peak_memory, step_times, summary, traffic
+from measure import MODES, Workload, gmacs, kernel_launches, peak_memory, profile, step_times, summary, traffic
 
 from gunn_timm.layers import GunnLayer, set_backend
 
@@ -63,6 +64,15 @@ _LONG = [
     Case(('gunn15', 'gunn15:plain', 'sunn15'), True, 32, 32, 'bfloat16'),
     Case(('gunn24', 'sunn24'), True, 4, 32),
     Case(('gunn15', 'gunn15:folded', 'sunn15'), False, 64, 32),
+    Case(('gunn18',), True, 8, 160, mode='units compiled'),
+    Case(('gunn15', 'sunn15'), True, 32, 32, 'bfloat16', 'units compiled'),
+    Case(('gunn18:folded',), False, 4, 224, mode='units compiled'),
+    Case(('gunn18',), True, 8, 160, mode='compiled'),
+]
+# Where the time goes, of what the targets compare.
+_PROFILES = [
+    Case(('gunn18', 'sunn18:grouped', 'resnet101'), True, 8, 160),
+    *(Case(('gunn18', 'gunn18:folded', 'resnet101'), False, batch_size, 224) for batch_size in (4, 1)),
 ]
 _TARGETS = [
     Target('time', 'gunn18', 'sunn18', _TRAIN_160, 1.15),
@@ -85,7 +95,7 @@ _CUDA_LARGE = ('gunn18', 'wide_gunn18', 'sunn18', 'resnet50', 'resnet101', 'resn
 
 def _cuda_cases(full: bool) -> List[Case]:
     cases = []
-    for mode in ('eager', 'cuda_graph', 'compiled') if full else ('eager', 'cuda_graph'):
+    for mode in MODES if full else ('eager', 'units compiled, CUDA graph'):
         for train in (True, False):
             for batch in (64, 256) if full else (64,):
                 cases.append(Case(_CUDA_LARGE, train, batch, 224, 'bfloat16', mode))
@@ -94,34 +104,66 @@ def _cuda_cases(full: bool) -> List[Case]:
     return cases
 
 
-def _measure_case(case: Case, device: str, rounds: int, tiny: bool) -> List[Dict[str, Any]]:
+def _workload(model: torch.nn.Module, row: Dict[str, Any]) -> Workload:
+    return Workload(
+        model, row['batch_size'], row['image_size'], row['train'], row['device'], getattr(torch, row['dtype']),
+        row['mode'])
+
+
+def _rows(case: Case, device: str, tiny: bool) -> List[Dict[str, Any]]:
     batch_size, image_size = (2, 32) if tiny else (case.batch_size, case.image_size)
-    workloads, rows = {}, []
-    for name in case.names:
-        row: Dict[str, Any] = dict(name=name, device=device, **case._asdict())
-        del row['names']
-        row.update(batch_size=batch_size, image_size=image_size)
-        rows.append(row)
+    return [
+        dict(name=name, device=device, train=case.train, batch_size=batch_size, image_size=image_size,
+             dtype=case.dtype, mode=case.mode, timed=case.timed)
+        for name in case.names]
+
+
+def _measure_case(case: Case, device: str, rounds: int, tiny: bool) -> List[Dict[str, Any]]:
+    workloads, rows = {}, _rows(case, device, tiny)
+    for row in rows:
         try:
-            model = subjects.create(name, tiny)
-            row['gmacs'] = gmacs(model, image_size)
-            workload = Workload(
-                model, batch_size, image_size, case.train, device, getattr(torch, case.dtype), case.mode)
+            model = subjects.create(row['name'], tiny)
+            row['gmacs'] = gmacs(model, row['image_size'])
+            start = time.perf_counter()
+            workload = _workload(model, row)
+            workload.step()
+            compiled, captured = MODES[case.mode]
+            if compiled:
+                row['first_step_seconds'] = time.perf_counter() - start
+            if not captured:
+                row['peak_bytes'] = peak_memory(workload)
             if case.mode == 'eager':
-                row.update(peak_bytes=peak_memory(workload), traffic_bytes=traffic(workload))
+                row['traffic_bytes'] = traffic(workload)
             if device == 'cuda':
                 row['launches'] = kernel_launches(workload)
-            workloads[name] = workload
+            workloads[row['name']] = workload
         except RuntimeError as e:  # out of memory, or a peer that cannot be captured: the others still can
             row['error'] = str(e).split('\n')[0]
     if case.timed:
         seconds = step_times(workloads, rounds)
         for row in rows:
             if row['name'] in seconds:
-                row.update(summary(seconds[row['name']], batch_size))
-                macs = row['gmacs'] * batch_size * (3 if case.train else 1)
+                row.update(summary(seconds[row['name']], row['batch_size']))
+                macs = row['gmacs'] * row['batch_size'] * (3 if case.train else 1)
                 row['gmacs_per_second'] = macs / row['seconds']
     return rows
+
+
+def _profiles(tiny: bool) -> List[Dict[str, Any]]:
+    rows = [row for case in _PROFILES for row in _rows(case, 'cpu', tiny)]
+    for row in rows:
+        row['shares'] = profile(_workload(subjects.create(row['name'], tiny), row))
+    return rows
+
+
+def _profile_table(rows: List[Dict[str, Any]]) -> str:
+    lines = ['| phase | network | batch | size | share of a step by operation |', '| --- | --- | --- | --- | --- |']
+    for row in rows:
+        shares = ', '.join(f'{name} {share:.0%}' for name, share in row['shares'].items())
+        lines.append(
+            f"| {'train' if row['train'] else 'infer'} | {row['name']} | {row['batch_size']} | {row['image_size']} | "
+            f'{shares} |')
+    return '\n'.join(lines)
 
 
 def _layer_point(what: str, channels: int, segments: int, batch: int, size: int, form: str) -> Dict[str, Any]:
@@ -173,11 +215,12 @@ def _plot_scaling(points: List[Dict[str, Any]], path: Path) -> None:
 
 def _table(rows: List[Dict[str, Any]]) -> str:
     head = ['phase', 'network', 'batch', 'size', 'dtype', 'mode', 'GMACs', 'ms', 'images/s', 'GMAC/s', 'peak MiB',
-            'traffic MiB', 'launches']
+            'traffic MiB', 'first step s', 'launches']
     lines = [head, ['---'] * len(head)]
     measured = [
         ('gmacs', 2, 1), ('seconds', 1, 1e3), ('images_per_second', 1, 1), ('gmacs_per_second', 0, 1),
-        ('peak_bytes', 0, 2 ** -20), ('traffic_bytes', 0, 2 ** -20), ('launches', 0, 1)]
+        ('peak_bytes', 0, 2 ** -20), ('traffic_bytes', 0, 2 ** -20),
+        ('first_step_seconds', 1, 1), ('launches', 0, 1)]
     for row in rows:
         cells = [f'{row[key] * scale:.{digits}f}' if key in row else '-' for key, digits, scale in measured]
         if 'error' in row:
@@ -243,7 +286,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     cases = _cuda_cases(args.full) if args.suite == 'cuda' else _SHORT + (_LONG if args.full else [])
     if device == 'cpu':
-        cases = [case for case in cases if case.mode != 'cuda_graph']
+        cases = [case for case in cases if not MODES[case.mode][1]]
     machine = _machine(device)
     rows = {}
     for case in cases:
@@ -255,6 +298,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     text = [', '.join(f'{k}: {v}' for k, v in machine.items()), _table(flat)]
     if args.suite == 'cpu':
         text.insert(1, _target_table(rows))
+        print('profiling', file=sys.stderr)
+        results['profiles'] = _profiles(args.tiny)
+        text.append(_profile_table(results['profiles']))
         results['scaling'] = _scaling(args.tiny)
         _plot_scaling(results['scaling'], args.out / 'scaling.png')
     (args.out / 'results.json').write_text(json.dumps(results, indent=1))

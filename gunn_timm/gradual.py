@@ -187,12 +187,20 @@ def _record_unit(
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[GradientEdge]]:
     """Call a unit on the state and return its output, the leaf its gradient of the state goes to, and its graph."""
     leaf = state.tensor.detach().requires_grad_(needs_grad)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(state.pack, state.unpack):
-        view = leaf.as_subclass(_StateView)
-        view.leaf, view.state = leaf, state
-        out = _call_unit(unit, index, view, state.tensor, segment)
+    hooks = (state.pack, state.unpack)
+    if unit._compiled_call_impl is None:
+        seen = leaf.as_subclass(_StateView)
+        seen.leaf, seen.state = leaf, state
+    else:
+        # What is compiled knows no subclasses, and would compile the hooks as well.
+        seen, hooks = leaf, tuple(map(torch.compiler.disable, hooks))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(*hooks):
+        out = _call_unit(unit, index, seen, state.tensor, segment)
+        # A view's edge keeps the graph alive even where the output comes from an autograd.Function; in PyTorch 2.6 the
+        # output's own does not.
+        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None
     # The edge stands for the output, whose values are not needed any more: they go into the state.
-    return out.detach(), leaf, get_gradient_edge(out) if out.requires_grad else None
+    return out.detach(), leaf, edge
 
 
 class _Surroundings:

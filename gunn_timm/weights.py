@@ -7,6 +7,7 @@ the command line all read them here.
 import dataclasses
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -199,7 +200,10 @@ def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> Non
 
 
 def _sha256_in_config(path: Union[str, Path]) -> Optional[str]:
-    return json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
+    sha256 = json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
+    if sha256 is not None and not re.fullmatch('[0-9a-f]{64}', str(sha256)):
+        raise ValueError(f"'{path}' has {sha256!r} for 'sha256'; it must be 64 hexadecimal digits, or not be there.")
+    return sha256
 
 
 def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tuple[Path, str, bool]]:

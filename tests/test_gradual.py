@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import randomize, relative
 from torch import nn
+from torch._dynamo.utils import counters
 
 from gunn_timm.gradual import gradual_update, update_in_place
-from gunn_timm.layers import GunnLayer, set_backend
+from gunn_timm.layers import GunnLayer, compile_units, set_backend
 
 VARIANTS = {
     'imagenet': dict(),
@@ -20,6 +21,8 @@ VARIANTS = {
     'one_segment': dict(num_segments=1),
     'dilated': dict(dilation=2),
 }
+# Without the C++ compiler, so in a fraction of the time; what it changes is rounding.
+BACKEND = 'aot_eager_decomp_partition'
 FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 
@@ -244,15 +247,17 @@ def held_bytes(
         channels: int,
         backend: str,
         grad_checkpointing: bool = False,
-        compiled: bool = False,
+        compiled: str = '',
 ) -> int:
     """Bytes that a layer's forward leaves allocated, its output among them."""
     layer = GunnLayer(channels, num_segments, shortcut=True)
     layer.grad_checkpointing = grad_checkpointing
     set_backend(layer, backend)
     x = torch.randn(4, channels, 16, 16, requires_grad=True)
-    if compiled:
-        layer = torch.compile(layer, fullgraph=True, backend='aot_eager_decomp_partition')
+    if compiled == 'whole':
+        layer = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    elif compiled == 'units':
+        compile_units(layer, fullgraph=True, backend=BACKEND)
     layer(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         y = layer(x)
@@ -280,7 +285,7 @@ def test_compiled_training_is_the_same(variant):
     torch.compiler.reset()
     compiled, plain = twins(variant)
     set_backend(compiled, 'auto')
-    step = torch.compile(compiled, fullgraph=True, backend='aot_eager_decomp_partition')
+    step = torch.compile(compiled, fullgraph=True, backend=BACKEND)
     inputs = [make_input().requires_grad_() for _ in range(2)]
     grad = torch.randn_like(inputs[0])
     for _ in range(2):
@@ -301,7 +306,66 @@ def test_compiled_training_takes_no_more_memory():
     for segments in (4, 16):
         eager = held_bytes(segments, 64, 'gradual')
         torch.compiler.reset()
-        assert held_bytes(segments, 64, 'auto', compiled=True) <= 1.15 * eager
+        assert held_bytes(segments, 64, 'auto', compiled='whole') <= 1.15 * eager
+
+
+def test_compiled_units_take_no_more_memory():
+    for segments in (4, 16):
+        eager = held_bytes(segments, 64, 'gradual')
+        torch.compiler.reset()
+        assert held_bytes(segments, 64, 'gradual', compiled='units') <= 1.15 * eager
+
+
+@pytest.mark.parametrize('variant, grad_checkpointing', [
+    ('imagenet', False), ('two_blocks', False), ('sunn', False), ('cifar', True), ('nores', True), ('sunn_nores', True),
+])
+def test_compiled_units_are_the_same(variant, grad_checkpointing):
+    torch.compiler.reset()
+    layer, plain = twins(variant)
+    layer.grad_checkpointing = grad_checkpointing
+    compile_units(layer, fullgraph=True, backend=BACKEND)
+    grad = torch.randn_like(make_input())
+    for _ in range(2):
+        x, x_plain = (make_input().requires_grad_() for _ in range(2))
+        y, y_plain = layer(x), plain(x_plain)
+        y.backward(grad)
+        y_plain.backward(grad)
+        # Decomposed, some operations round otherwise.
+        assert relative(y, y_plain) <= 1e-12 and relative(x.grad, x_plain.grad) <= 1e-12
+    for p, q in zip(layer.parameters(), plain.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-11 * max(q.grad.norm(), x.grad.norm())
+    assert_same_state(layer, plain, 1e-12)
+    with torch.no_grad():
+        set_backend(layer, 'in_place')
+        assert relative(layer.eval()(x), plain.eval()(x)) <= 1e-12
+
+
+def test_units_of_a_layer_are_compiled_once():
+    torch.compiler.reset()
+    counters.clear()
+    layer = GunnLayer(16, 8)
+    compile_units(layer, fullgraph=True, backend=BACKEND)
+    layer(torch.randn(2, 16, 4, 4, requires_grad=True)).sum().backward()
+    assert counters['stats']['unique_graphs'] == 1
+
+
+def test_units_that_end_in_a_function():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    class Unit(nn.Conv2d):
+        def forward(self, x):
+            return Double.apply(super().forward(x))
+
+    units = [Unit(4, 2, 1, bias=False).double() for _ in range(2)]
+    x = torch.randn(2, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: gradual_update(x, units), x)
 
 
 def test_gradient_hooks_of_parameters_run_once():

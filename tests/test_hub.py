@@ -368,6 +368,11 @@ def test_folder(expected, tmp_path):
     with pytest.raises(ValueError, match='is not the published file'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert file.is_file()
+    config = tmp_path / 'config.json'
+    for sha256 in ('', 'abc', 5):
+        config.write_text(json.dumps({**json.loads(config.read_text()), 'sha256': sha256}))
+        with pytest.raises(ValueError, match=f"{config}' has {sha256!r} for 'sha256'; it must be 64 hexadecimal"):
+            timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
 
 
 @pytest.mark.parametrize('name', weights_records())

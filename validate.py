@@ -4,6 +4,7 @@
     python validate.py --model gunn15 --data-dir DIR --split test
     python validate.py --model gunn15 --data-dir DIR --dataset torch/cifar10 --split test --check
     python validate.py --model gunn15 --checkpoint output/model_best.pth.tar --data-dir DIR --split test
+    python validate.py --model gunn15 --ensemble SNAPSHOT SNAPSHOT ... --data-dir DIR --split test
 
 Takes any model registered in timm. Datasets, transforms and loaders are timm's; so are the keys of the result.
 """
@@ -15,12 +16,12 @@ import os
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.utils import AverageMeter, accuracy, check_batch_size_retry, decay_batch_step
+from timm.utils import accuracy, check_batch_size_retry, decay_batch_step
 from tqdm import tqdm
 
 import gunn_timm  # noqa: F401
@@ -47,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='gunn15', metavar='NAME', help="model, as timm names it (default: 'gunn15')")
     model.add_argument('--checkpoint', default='', metavar='FILE', help='evaluate these, not the published weights')
+    model.add_argument('--ensemble', nargs='+', metavar='FILE',
+                       help='evaluate each, and the averages of the probabilities of the first two, three and so on')
     model.add_argument('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
     run = parser.add_argument_group('run')
     run.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
@@ -92,7 +95,8 @@ def _evaluate(
         data_config: Dict[str, Any],
         batch_size: int,
         args: argparse.Namespace,
-) -> Tuple[Dict[str, float], Dict[str, torch.Tensor]]:
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Compute logits (images, classes), and collect targets (images)."""
     device = torch.device(args.device)
     loader = create_loader(
         dataset,
@@ -108,32 +112,47 @@ def _evaluate(
         num_workers=args.workers,
         device=device,
     )
-    top1, top5 = AverageMeter(), AverageMeter()
-    topk = (1, min(5, model.num_classes))
     all_logits, all_targets = [], []
     for images, target in tqdm(loader, desc=args.model, unit='batch', disable=None):
-        images, target = images.to(device), target.to(device)
+        images = images.to(device)
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
-            logits = model(images).float()
-        acc1, acc5 = accuracy(logits, target, topk)
-        top1.update(acc1.item(), len(images))
-        top5.update(acc5.item(), len(images))
-        if args.logits_file:
-            all_logits.append(logits.cpu())
-            all_targets.append(target.cpu())
-    outputs = {}
-    if args.logits_file:
-        probe = probe_images(data_config['input_size']).to(device)
-        outputs = dict(
-            logits=torch.cat(all_logits), targets=torch.cat(all_targets), probe_logits=model(probe).float().cpu())
-    return dict(top1=top1.avg, top5=top5.avg, images=top1.count), outputs
+            all_logits.append(model(images).float().cpu())
+        all_targets.append(target.cpu())
+    return torch.cat(all_logits), torch.cat(all_targets)
+
+
+def _evaluate_in_memory(
+        model: torch.nn.Module,
+        dataset: Any,
+        data_config: Dict[str, Any],
+        args: argparse.Namespace,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Evaluate with the largest batch, of at most the one asked for, that fits."""
+    batch_size = args.batch_size
+    while True:
+        try:
+            return _evaluate(model, dataset, data_config, batch_size, args)
+        except RuntimeError as e:
+            smaller = decay_batch_step(batch_size)
+            if 'memory' not in str(e).lower() or not check_batch_size_retry(str(e)) or not smaller:
+                raise
+            print(f'batch size {batch_size} does not fit, trying {smaller}', file=sys.stderr)
+            batch_size = smaller
+
+
+def _accuracy(scores: torch.Tensor, targets: torch.Tensor, prefix: str = '') -> Dict[str, float]:
+    top1, top5 = (round(a.item(), 4) for a in accuracy(scores, targets, (1, min(5, scores.shape[1]))))
+    return {
+        f'{prefix}top1': top1, f'{prefix}top1_err': round(100 - top1, 4),
+        f'{prefix}top5': top5, f'{prefix}top5_err': round(100 - top5, 4)}
 
 
 def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optional[WeightsRecord]:
     """Find the record that the result can be compared with: of these weights, measured in their own way."""
-    if args.checkpoint or args.img_size or args.crop_pct or args.interpolation or args.num_classes is not None:
+    is_published = not args.checkpoint and not args.ensemble and args.num_classes is None
+    if not is_published or args.img_size or args.crop_pct or args.interpolation:
         return None
     cfg = model.pretrained_cfg
     return weights_records().get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
@@ -141,57 +160,65 @@ def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optio
 
 def validate(
         args: argparse.Namespace,
-) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor], Optional[WeightsRecord]]:
+) -> Tuple[List[Dict[str, Any]], Dict[str, torch.Tensor], Optional[WeightsRecord]]:
     """Evaluate the model that the arguments name.
 
     Args:
         args: Arguments of this script.
 
     Returns:
-        Result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
-        crop_pct, interpolation; and the number of images. Then, if a file is asked for them, the images' logits
-        (images, classes) and targets (images) in the dataset's order, and the logits of `probe_images`. Then the record
-        to compare with, if there is one.
+        A result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
+        crop_pct, interpolation; and the number of images. Of an ensemble one a checkpoint, which it names, and with
+        ensemble_top1 and so on of the average of the probabilities up to that checkpoint. Then, if a file is asked for
+        them, the images' logits (images, classes) and targets (images) in the dataset's order, and the logits of
+        `probe_images`. Then the record to compare with, if there is one.
 
     Raises:
-        ValueError: The data, the checkpoint, the model's name or an argument is not what it should be.
+        ValueError: The data, a checkpoint, the model's name or an argument is not what it should be.
         RuntimeError: The model has no weights.
     """
+    checkpoints = args.ensemble or ([args.checkpoint] if args.checkpoint else [])
+    if args.ensemble and (args.checkpoint or args.logits_file):
+        raise ValueError('--ensemble goes without --checkpoint and --logits-file.')
     kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    model = create_model(args.model, pretrained=not args.checkpoint, **kwargs)
+    model = create_model(args.model, pretrained=not checkpoints, **kwargs)
     record = _published_record(args, model)
     if args.check and record is None:
         raise ValueError(
             f"--check needs published weights, as they are: '{args.model}' with these arguments has no record.")
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+    # All of them before the first is evaluated, so that a wrong one is found at once.
+    for path in checkpoints:
+        load_checkpoint(model, path)
     data_config = resolve_data_config(
         dict(img_size=args.img_size, crop_pct=args.crop_pct, interpolation=args.interpolation), model=model)
     dataset = _create_dataset(args, model.num_classes)
     model = model.to(
         args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    batch_size = args.batch_size
-    while True:
-        try:
-            metrics, outputs = _evaluate(model, dataset, data_config, batch_size, args)
-            break
-        except RuntimeError as e:
-            smaller = decay_batch_step(batch_size)
-            if 'memory' not in str(e).lower() or not check_batch_size_retry(str(e)) or not smaller:
-                raise
-            print(f'batch size {batch_size} does not fit, trying {smaller}', file=sys.stderr)
-            batch_size = smaller
-    results = dict(
-        model=args.model,
-        top1=round(metrics['top1'], 4), top1_err=round(100 - metrics['top1'], 4),
-        top5=round(metrics['top5'], 4), top5_err=round(100 - metrics['top5'], 4),
-        images=metrics['images'],
-        param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
-        img_size=data_config['input_size'][-1],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-    )
-    return results, outputs, record
+    rows = []
+    probabilities = 0
+    for path in checkpoints or [None]:
+        if args.ensemble:
+            load_checkpoint(model, path)
+        logits, targets = _evaluate_in_memory(model, dataset, data_config, args)
+        row = dict(
+            model=args.model,
+            **_accuracy(logits, targets),
+            images=len(targets),
+            param_count=round(sum(p.numel() for p in model.parameters()) / 1e6, 2),
+            img_size=data_config['input_size'][-1],
+            crop_pct=data_config['crop_pct'],
+            interpolation=data_config['interpolation'],
+        )
+        if args.ensemble:
+            probabilities = probabilities + logits.double().softmax(dim=1)
+            row.update(checkpoint=path, **_accuracy(probabilities, targets, 'ensemble_'))
+        rows.append(row)
+    outputs = {}
+    if args.logits_file:
+        probe = probe_images(data_config['input_size']).to(args.device)
+        with torch.inference_mode():
+            outputs = dict(logits=logits, targets=targets, probe_logits=model(probe).float().cpu())
+    return rows, outputs, record
 
 
 def _write(path: str, content: bytes) -> None:
@@ -200,14 +227,14 @@ def _write(path: str, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _format_results(results_format: str, results: Dict[str, Any]) -> str:
+def _format_results(results_format: str, rows: List[Dict[str, Any]]) -> str:
     text = io.StringIO()
     if results_format == 'json':
-        json.dump([results], text, indent=4)
+        json.dump(rows, text, indent=4)
     else:
-        writer = csv.DictWriter(text, fieldnames=results)
+        writer = csv.DictWriter(text, fieldnames=rows[0])
         writer.writeheader()
-        writer.writerow(results)
+        writer.writerows(rows)
     return text.getvalue()
 
 
@@ -223,18 +250,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        results, outputs, record = validate(args)
+        rows, outputs, record = validate(args)
         if args.results_file:
-            _write(args.results_file, _format_results(args.results_format, results).encode())
+            _write(args.results_file, _format_results(args.results_format, rows).encode())
         if args.logits_file:
             _write(args.logits_file, safetensors.torch.save(outputs))
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
-    print(f'--result\n{json.dumps(results, indent=4)}')
+    print(f'--result\n{json.dumps(rows if args.ensemble else rows[0], indent=4)}')
     if record is None:
         return 0
-    off = results['top1'] - record.metrics['top1']
+    off = rows[0]['top1'] - record.metrics['top1']
     agrees = abs(off) <= args.tolerance
     print(f"record of {record.name}: top-1 {record.metrics['top1']}, top-5 {record.metrics['top5']}; top-1 here is "
           f"{off:+.4f} points off: {'agrees' if agrees else 'DOES NOT AGREE'} within {args.tolerance}")

@@ -1,5 +1,6 @@
 """The recipes, as far as they can be checked without running them: what timm makes of them."""
 import argparse
+import math
 import re
 
 import pytest
@@ -14,6 +15,7 @@ from gunn_timm.weights import model_infos, weights_records
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 'recipes').glob('*.yaml'))}
 PAPER = [name for name in RECIPES if name.endswith('_paper')]
+SNAPSHOTS = [name for name in RECIPES if name.endswith('_snapshots')]
 
 
 def optimizer_and_scheduler(recipe, updates_per_epoch=10):
@@ -52,7 +54,7 @@ def test_names_and_files(name):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-@pytest.mark.parametrize('name', PAPER)
+@pytest.mark.parametrize('name', PAPER + SNAPSHOTS)
 def test_paper_optimizer(name):
     """Section 6: SGD with Nesterov's momentum 0.9, no dampening, and weight decay 1e-4 on every parameter."""
     model, optimizer, _, _ = optimizer_and_scheduler(RECIPES[name])
@@ -90,7 +92,23 @@ def test_authors_imagenet_schedule():
         [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.00001] * 30)
 
 
-@pytest.mark.parametrize('name', [name for name in RECIPES if name not in PAPER])
+@pytest.mark.parametrize('name', SNAPSHOTS)
+def test_snapshot_schedule(name):
+    """Six cycles of one length from the full rate to none (Huang et al. 2017, equation 2), and each end is kept."""
+    recipe = RECIPES[name]
+    _, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)
+    assert epochs == 300 and recipe['checkpoint_hist'] == 6
+    for epoch in range(epochs):
+        for update in (0, 9):
+            scheduler.step_update(10 * epoch + update)
+            position = (10 * epoch + update) % 500 / 500
+            expected = 0.05 * (1 + math.cos(math.pi * position))
+            assert optimizer.param_groups[0]['lr'] == pytest.approx(expected)
+    # train.py saves after every epoch whose number, from 1, is a multiple of val_interval.
+    assert [epoch for epoch in range(epochs) if (epoch + 1) % recipe['val_interval'] == 0] == list(range(49, 300, 50))
+
+
+@pytest.mark.parametrize('name', [name for name in RECIPES if name not in PAPER + SNAPSHOTS])
 def test_cosine_recipes_exempt_norms_and_anneal(name):
     recipe = RECIPES[name]
     model, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)

@@ -119,6 +119,46 @@ def test_logits_file(arguments, expected, checkpoint, tmp_path, capsys):
     assert [f.name for f in tmp_path.iterdir()] == ['logits.safetensors']
 
 
+def test_ensemble(data, arguments, tmp_path, capsys):
+    """Each snapshot is measured by itself, and so is the mean of the probabilities of the first ones."""
+    model = timm.create_model('gunn15').eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    files = sorted((data / 'folder' / 'test').rglob('*.png'))
+    images = torch.stack([transform(Image.open(file)) for file in files])
+    targets = torch.tensor([int(file.parent.name[-1]) for file in files])
+    paths, probabilities = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model.init_weights()
+        with torch.no_grad():
+            # Else all images are of one class to it.
+            model.fc.bias -= model(images).mean(dim=0)
+            model.fc.weight *= 100
+            model.fc.bias *= 100
+        paths.append(str(tmp_path / f'{seed}.safetensors'))
+        safetensors.torch.save_file(model.state_dict(), paths[-1])
+        with torch.no_grad():
+            probabilities.append(model(images).double().softmax(dim=1))
+    position = arguments.index('--checkpoint')
+    arguments = arguments[:position] + arguments[position + 2:]
+    file = tmp_path / 'results.csv'
+    assert validate.main([*arguments, '--results-file', str(file), '--ensemble', *paths]) == 0
+    rows = result(capsys)
+    assert [row['checkpoint'] for row in rows] == paths and {row['images'] for row in rows} == {COUNT}
+    for i, row in enumerate(rows):
+        for scores, prefix in ((probabilities[i], ''), (torch.stack(probabilities[:i + 1]).mean(0), 'ensemble_')):
+            top1, top5 = (round(a.item(), 4) for a in accuracy(scores, targets, (1, 5)))
+            assert row[f'{prefix}top1'] == top1 and row[f'{prefix}top5'] == top5
+            assert row[f'{prefix}top1_err'] == pytest.approx(100 - top1)
+    # Else the test would not tell an average from its last member.
+    assert rows[-1]['ensemble_top1'] != rows[-1]['top1']
+    assert [row['ensemble_top1'] for row in csv.DictReader(file.open())] == [str(r['ensemble_top1']) for r in rows]
+    # A wrong snapshot is found before the first one is measured.
+    (tmp_path / 'wrong.safetensors').write_bytes(b'')
+    assert validate.main([*arguments, '--ensemble', *paths, str(tmp_path / 'wrong.safetensors')]) == 2
+    assert "wrong.safetensors' is not a checkpoint" in capsys.readouterr().err
+
+
 def test_batch_size_backs_off(arguments, capsys, monkeypatch):
     assert validate.main(arguments) == 0
     found = result(capsys)
@@ -175,6 +215,7 @@ def test_comparison_with_the_record(checkpoint, expected, arguments, capsys, mon
     (['--model', 'gunn16'], "No model 'gunn16'; nearest: gunn"),
     (['--checkpoint', 'missing.pth'], "No checkpoint 'missing.pth'."),
     (['--check'], '--check needs published weights'),
+    (['--ensemble', 'a.pth'], '--ensemble goes without --checkpoint and --logits-file.'),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(extra, message, arguments, capsys):
     assert validate.main([*arguments, *extra]) == 2

@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path
@@ -27,7 +26,7 @@ from tqdm import tqdm
 import gunn_timm  # noqa: F401
 from gunn_timm._timm import search_split
 from gunn_timm.inference import create_model
-from gunn_timm.weights import WeightsRecord, load_checkpoint, probe_images, weights_records
+from gunn_timm.weights import WeightsRecord, load_checkpoint, probe_images, weights_records, write_file
 
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -221,12 +220,6 @@ def validate(
     return rows, outputs, record
 
 
-def _write(path: str, content: bytes) -> None:
-    temporary = f'{path}.tmp'
-    Path(temporary).write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _format_results(results_format: str, rows: List[Dict[str, Any]]) -> str:
     text = io.StringIO()
     if results_format == 'json':
@@ -251,14 +244,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = _parser().parse_args(argv)
     try:
         rows, outputs, record = validate(args)
+        # Before the files: what took so long to find must not be lost where one cannot be written.
+        print(f'--result\n{json.dumps(rows if args.ensemble else rows[0], indent=4)}')
         if args.results_file:
-            _write(args.results_file, _format_results(args.results_format, rows).encode())
+            write_file(args.results_file, _format_results(args.results_format, rows).encode())
         if args.logits_file:
-            _write(args.logits_file, safetensors.torch.save(outputs))
+            write_file(args.logits_file, safetensors.torch.save(outputs))
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
-    print(f'--result\n{json.dumps(rows if args.ensemble else rows[0], indent=4)}')
     if record is None:
         return 0
     off = rows[0]['top1'] - record.metrics['top1']

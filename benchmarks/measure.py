@@ -2,7 +2,8 @@
 import contextlib
 import statistics
 import time
-from typing import Any, Callable, Dict, List
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import nn
@@ -10,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm.layers import compile_units
+from gunn_timm.layers import UpdateUnit, compile_units
 
 __all__ = [
-    'MODES', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'profile', 'step_times', 'summary', 'traffic',
+    'MODES', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'peak_rates', 'profile', 'step_times', 'summary',
+    'traffic',
 ]
 
-# What is compiled, and whether the step is captured in a CUDA graph.
+# What is compiled, and whether the step is captured in a CUDA graph. Networks without update units are compiled whole.
 MODES = {
     'eager': ('', False),
     'compiled': ('whole', False),
@@ -24,6 +26,16 @@ MODES = {
     'CUDA graph': ('', True),
     'units compiled, CUDA graph': ('units', True),
 }
+
+
+def _seconds(function: Callable[[], Any], device: str) -> float:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class Workload:
@@ -59,10 +71,10 @@ class Workload:
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True) if train else None
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
         compiled, captured = MODES[mode]
-        if compiled == 'whole':
-            self.call = torch.compile(self.model)
-        elif compiled == 'units':
+        if compiled == 'units' and any(isinstance(module, UpdateUnit) for module in model.modules()):
             compile_units(self.model)
+        elif compiled:
+            self.call = torch.compile(self.model)
         self.step: Callable[[], Any] = self._train_step if train else self._infer
         if captured:
             self.step = self._capture()
@@ -97,13 +109,7 @@ class Workload:
 
     def timed(self) -> float:
         """Run one step and return its seconds."""
-        if self.device == 'cuda':
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.step()
-        if self.device == 'cuda':
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return _seconds(self.step, self.device)
 
 
 def step_times(workloads: Dict[str, Workload], rounds: int) -> Dict[str, List[float]]:
@@ -171,15 +177,16 @@ def profile(workload: Workload, top: int = 8) -> Dict[str, float]:
         top: Operations to name.
 
     Returns:
-        Share of the step by the operation's name, the largest first; what is left is 'other'.
+        Share of the step's wall time by the operation's name, the largest first. The rest, other operations and the
+        time between them, is 'other'.
     """
     workload.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        workload.step()
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    total = sum(times.values())
+        seconds = workload.timed()
+    # Those of worker threads, which autograd has, run while the main thread waits.
+    times = {event.key: event.self_cpu_time_total * 1e-6 for event in profiler.key_averages()}
     largest = sorted(times, key=times.__getitem__, reverse=True)[:top]
-    shares = {name.removeprefix('aten::'): times[name] / total for name in largest}
+    shares = {name.removeprefix('aten::'): times[name] / seconds for name in largest}
     return {**shares, 'other': 1 - sum(shares.values())}
 
 
@@ -228,3 +235,23 @@ def gmacs(model: nn.Module, image_size: int, in_chans: int = 3) -> float:
         model.eval()(torch.zeros(1, in_chans, image_size, image_size, device=device))
     model.train(training)
     return counter.get_total_flops() / 2e9
+
+
+@lru_cache(maxsize=None)
+def peak_rates(device: str, dtype: torch.dtype) -> Tuple[float, float]:
+    """Measure what the machine can do, for a roofline: the best of some large matrix products, and of some copies.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        dtype: Type of the matrices.
+
+    Returns:
+        Floating-point operations a second, and bytes read and written a second.
+    """
+    size = 8192 if device == 'cuda' else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source, target = (torch.zeros(16 * size * size, device=device) for _ in range(2))
+
+    product = min(_seconds(lambda: a @ b, device) for _ in range(8))
+    copy = min(_seconds(lambda: target.copy_(source), device) for _ in range(8))
+    return 2 * size ** 3 / product, 2 * source.numel() * source.element_size() / copy

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+import safetensors.torch
+
 from .hub import model_card, publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
-from .weights import WeightsRecord, find_record, model_infos, weights_records
+from .torch7 import convert_torch7
+from .weights import WeightsRecord, find_record, model_infos, weights_records, write_file
 
 __all__ = ['main', 'models_table']
 
@@ -92,6 +95,12 @@ def _publish(args: argparse.Namespace) -> None:
         print(f'its record says so with\nhub: {{repo_id: {repo_id}, revision: {done.commit}}}')
 
 
+def _convert_torch7(args: argparse.Namespace) -> None:
+    state = convert_torch7(args.file, args.model)
+    write_file(args.out, safetensors.torch.save(state, metadata={'format': 'pt'}))
+    print(f"{args.out}: {args.model} with {len(state['fc.bias'])} classes")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m gunn_timm', description='GUNN models for timm.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -123,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--force', action='store_true', help='replace other content, remove pickled weights')
     command.add_argument('--dry-run', action='store_true', help='only name the files that would be sent')
     command.set_defaults(function=_publish)
+
+    command = commands.add_parser(
+        'convert-torch7', help="turn a network that the authors' Torch7 code saved into weights of ours",
+        description="Written after that code; no file that it saved was at hand to try this on.")
+    command.add_argument('file', metavar='FILE', help="what the code saved, 'model_best.t7' say")
+    command.add_argument('--model', required=True, metavar='NAME', help="'gunn15', 'gunn18' or 'wide_gunn18'")
+    command.add_argument('--out', required=True, metavar='FILE', help='safetensors file to write')
+    command.set_defaults(function=_convert_torch7)
 
     command = commands.add_parser(
         'run', help="run one of timm's scripts, train.py say, with the models registered",

@@ -126,7 +126,12 @@ def _call_unit(
         segment: torch.Tensor,
 ) -> torch.Tensor:
     version = None if state.is_inference() else state._version
-    out = unit(x)
+    try:
+        out = unit(x)
+    except RuntimeError as e:
+        if 'in-place operation' not in str(e):
+            raise
+        raise ValueError(f'The unit of segment {index} changed its input in place; it may only read it.') from e
     if out.shape != segment.shape:
         raise ValueError(
             f'The unit of segment {index} returned shape {tuple(out.shape)}; '
@@ -187,14 +192,17 @@ def _record_unit(
 ) -> Tuple[torch.Tensor, torch.Tensor, Optional[GradientEdge]]:
     """Call a unit on the state and return its output, the leaf its gradient of the state goes to, and its graph."""
     leaf = state.tensor.detach().requires_grad_(needs_grad)
-    hooks = (state.pack, state.unpack)
-    if unit._compiled_call_impl is None:
-        seen = leaf.as_subclass(_StateView)
-        seen.leaf, seen.state = leaf, state
-    else:
-        # What is compiled knows no subclasses, and would compile the hooks as well.
-        seen, hooks = leaf, tuple(map(torch.compiler.disable, hooks))
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(*hooks):
+    pack, unpack = state.pack, state.unpack
+    is_compiled = unit._compiled_call_impl is not None
+    if is_compiled:
+        # Else they would be compiled too.
+        pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        seen = leaf
+        # What is compiled knows no subclasses.
+        if not is_compiled:
+            seen = leaf.as_subclass(_StateView)
+            seen.leaf, seen.state = leaf, state
         out = _call_unit(unit, index, seen, state.tensor, segment)
         # A view's edge keeps the graph alive even where the output comes from an autograd.Function; in PyTorch 2.6 the
         # output's own does not.
@@ -207,7 +215,7 @@ class _Surroundings:
     """What a call of a unit depends on beside its input: random numbers, autocast, parameters, mode."""
 
     def __init__(self, x: torch.Tensor, unit: nn.Module, params: Sequence[torch.Tensor]):
-        self.unit, self.params, self.training = unit, params, unit.training
+        self.unit, self.params, self.training = unit, params, [m.training for m in unit.modules()]
         self.device = x.device
         self.autocast = (torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
         self.cpu_rng = torch.get_rng_state()
@@ -217,14 +225,16 @@ class _Surroundings:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        if self.unit.training != self.training or any(p is not q for p, q in zip(self.unit.parameters(), self.params)):
+        modes = [m.training for m in self.unit.modules()]
+        if modes != self.training or any(p is not q for p, q in zip(self.unit.parameters(), self.params)):
             raise RuntimeError(
                 'Gradient checkpointing calls the units again in backward; their mode and parameters must be what they '
                 'were in forward.')
         dtype, enabled = self.autocast
         devices = [] if self.device_rng is None else [self.device]
+        # No cache: forward filled it, without gradients, with the casts of the very parameters that now want theirs.
         with torch.random.fork_rng(devices, device_type=self.device.type if devices else 'cuda'), \
-                torch.autocast(self.device.type, dtype, enabled=enabled):
+                torch.autocast(self.device.type, dtype, enabled=enabled, cache_enabled=False):
             torch.set_rng_state(self.cpu_rng)
             if devices:
                 torch.get_device_module(self.device).set_rng_state(self.device_rng, self.device)

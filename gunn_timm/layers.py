@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -168,7 +169,8 @@ class UpdateUnit(nn.Module):
         """Whether `add_to` can stand for `forward`."""
         parts = [*self.blocks[0].children(), *([] if self.shortcut is None else [self.shortcut])]
         return (
-            len(self.blocks) == 1 and all(part.is_folded() for part in parts)
+            len(self.blocks) == 1 and self._compiled_call_impl is None
+            and all(type(part) is ConvNormAct and part.is_folded() for part in parts)
             and not (self.training and isinstance(self.drop_path, DropPath)))
 
     def add_to(self, segment: torch.Tensor, state: torch.Tensor) -> None:
@@ -320,7 +322,7 @@ class GunnLayer(nn.Module):
             self.residual
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled(x.device.type)
-            and all(unit.is_folded() for unit in self.units)
+            and all(type(unit) is UpdateUnit and unit.is_folded() for unit in self.units)
         )
 
     @torch.jit.unused
@@ -352,7 +354,10 @@ class GunnLayer(nn.Module):
         elif getattr(self, '_is_replica', False):
             # Of nn.DataParallel: what it computes with are no parameters of its own.
             best, reason = 'plain', 'the layer is a replica'
-        elif any(m._forward_hooks or m._forward_pre_hooks for m in self.units.modules()):
+        elif (
+                nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+                or any(m._forward_hooks or m._forward_pre_hooks for m in self.units.modules())
+        ):
             # The inputs that a hook may keep are the running state, which goes on changing.
             best, reason = 'plain', 'a module of a unit has hooks'
         elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -387,13 +392,24 @@ def set_backend(model: nn.Module, backend: str) -> None:
 def compile_units(model: nn.Module, **kwargs: Any) -> None:
     """Compile a model's update units, in place, instead of the whole: in seconds, and with Algorithm 1 around them.
 
-    The units of a layer are of one shape, and compiled once for all of them. `torch.compile(model)` has them all in one
-    graph, which takes minutes for the deeper networks.
+    Units of one shape share what is compiled; with stochastic depth each has a rate of its own, and is compiled for
+    itself. Meant for the channels_last format, to which Inductor may otherwise change the input of every unit, and keep
+    that. Where the model has many shapes, PyTorch's limit of recompilations, which counts all together, is raised.
 
     Args:
         model: Module to search for layers.
         kwargs: Arguments of `torch.compile`.
+
+    Raises:
+        ValueError: The model has no update units.
     """
-    for module in model.modules():
-        if isinstance(module, UpdateUnit):
-            module.compile(**kwargs)
+    units = [module for module in model.modules() if isinstance(module, UpdateUnit)]
+    if not units:
+        raise ValueError(f'{type(model).__name__} has no update units to compile.')
+    # A kind of unit may be compiled for training and inference, and for several image sizes.
+    needed = 8 * len({repr(unit) for unit in units})
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, needed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
+    for unit in units:
+        unit.compile(**kwargs)

@@ -78,9 +78,9 @@ _CROP_MODES = {
 }
 
 
-def _seed_epoch(seed: int, set_epoch: Optional[Callable[[int], None]], epoch: int) -> None:
+def _seed_epoch(seed: int, others: List[Any], epoch: int) -> None:
     timm.utils.random_seed((seed + 1_000_003 * epoch) % 2 ** 31)
-    if set_epoch is not None:
+    for set_epoch in others:
         set_epoch(epoch)
 
 
@@ -124,5 +124,8 @@ def create_loader(
     loader = _timm_create_loader(dataset, *args, is_training=True, train_crop_mode=train_crop_mode, **kwargs)
     if change is not None:
         dataset.transform = transforms.Compose(change(dataset.transform.transforms, kwargs['input_size'][-1]))
-    dataset.set_epoch = functools.partial(_seed_epoch, torch.initial_seed(), getattr(dataset, 'set_epoch', None))
+    # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
+    others = [part.set_epoch for part in (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
+              if hasattr(part, 'set_epoch')]
+    dataset.set_epoch = functools.partial(_seed_epoch, torch.initial_seed(), others)
     return loader

@@ -7,6 +7,7 @@ the command line all read them here.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from ._timm import download_cached_file
 
 __all__ = [
     'ModelInfo', 'WeightsRecord', 'available_weights', 'fetch_verified', 'find_record', 'license_path',
-    'load_checkpoint', 'model_infos', 'pretrained_source', 'probe_images', 'verify', 'weights_records',
+    'load_checkpoint', 'model_infos', 'pretrained_source', 'probe_images', 'verify', 'weights_records', 'write_file',
 ]
 
 HUB_FILE = 'model.safetensors'
@@ -215,20 +216,23 @@ def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tu
     record = weights_records().get(f'{cfg.architecture}.{cfg.tag}')
     if cfg.source == 'local-dir':
         sha256 = _sha256_in_config(Path(cfg.file) / 'config.json')
-        return sha256 and (Path(cfg.file) / HUB_FILE, sha256, False)
+        return (Path(cfg.file) / HUB_FILE, sha256, False) if sha256 else None
     if cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file):
         return (record.path, record.sha256, False) if record and cfg.file == str(record.path) else None
     if cfg.hf_hub_id:
         repo_id, _, revision = cfg.hf_hub_id.partition('@')
         kwargs = dict(revision=revision or None, cache_dir=cache_dir)
-        if record and record.hub and record.hub['repo_id'] == repo_id and revision in ('', record.hub['revision']):
-            sha256 = record.sha256
-        else:
-            try:
-                sha256 = _sha256_in_config(hf_hub_download(repo_id, 'config.json', **kwargs))
-            except EntryNotFoundError:
-                sha256 = None
-        return sha256 and (Path(hf_hub_download(repo_id, cfg.hf_hub_filename or HUB_FILE, **kwargs)), sha256, True)
+        # Not by the cfg's architecture and tag: of a repository they are what its config.json says.
+        recorded = [r for r in weights_records().values()
+                    if r.hub and r.hub['repo_id'] == repo_id and revision in ('', r.hub['revision'])]
+        if recorded:
+            return Path(hf_hub_download(repo_id, HUB_FILE, **kwargs)), recorded[0].sha256, True
+        try:
+            sha256 = _sha256_in_config(hf_hub_download(repo_id, 'config.json', **kwargs))
+        except EntryNotFoundError:
+            return None
+        # By its one name, whatever the cfg says: another may be a pickle.
+        return (Path(hf_hub_download(repo_id, HUB_FILE, **kwargs)), sha256, True) if sha256 else None
     if record and cfg.url == record.url:
         return Path(download_cached_file(cfg.url, cache_dir=cache_dir)), record.sha256, True
     return None
@@ -305,3 +309,18 @@ def load_checkpoint(model: torch.nn.Module, path: Union[str, Path]) -> None:
     if problems:
         raise ValueError(f"'{path}' does not fit {type(model).__name__} as configured: {'; '.join(problems)}.")
     model.load_state_dict(found)
+
+
+def write_file(path: Union[str, Path], content: bytes) -> None:
+    """Write a file as a whole or not at all: under another name first, which it then takes the place of.
+
+    Args:
+        path: The file; what was there is replaced.
+        content: What to write.
+    """
+    temporary = Path(f'{path}.{os.getpid()}.tmp')
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

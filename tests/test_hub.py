@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -295,6 +296,35 @@ def test_recorded_hash_goes_before_the_repositorys_own(published, monkeypatch, t
     timm.create_model(f'hf-hub:{REPO}@other', pretrained=True, cache_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize('pickled', [False, True])
+def test_a_repository_cannot_talk_itself_out_of_the_record(pickled, published, monkeypatch, tmp_path):
+    """Neither by another tag or no hash in its config.json, nor by pickled weights instead."""
+    repo, record = published.repos[REPO], weights_records()[NAME]
+    recorded = dataclasses.replace(record, file='elsewhere', hub={'repo_id': REPO, 'revision': repo.branches['main']})
+    monkeypatch.setitem(weights_records(), NAME, recorded)
+    files = repo.files()
+    changed = files['model.safetensors'][:-1] + b'\0'
+    config = json.loads(files['config.json'])
+    config['pretrained_cfg']['tag'] = 'other'
+    del config['sha256']
+    del files['model.safetensors']
+    files['pytorch_model.bin' if pickled else 'model.safetensors'] = changed
+    repo.commit('main', {**files, 'config.json': json.dumps(config).encode()})
+    with pytest.raises((ValueError, OSError), match=f'{record.sha256}|model.safetensors'):
+        load(tmp_path)
+
+
+def test_a_hash_does_not_make_a_pickle_welcome(published, tmp_path):
+    repo = published.repos[REPO]
+    files = repo.files()
+    content = files.pop('model.safetensors')
+    config = json.loads(files['config.json'])
+    config['pretrained_cfg']['hf_hub_filename'] = 'weights.bin'
+    repo.commit('main', {**files, 'weights.bin': content, 'config.json': json.dumps(config).encode()})
+    with pytest.raises(OSError, match='model.safetensors'):
+        load(tmp_path)
+
+
 def test_repositories_of_users_load_as_timm_loads_them(hub, token, tmp_path):
     """What timm's own push_to_hf_hub makes has no hash."""
     model = timm.create_model('gunn15', num_classes=3)
@@ -316,22 +346,13 @@ def test_offline_after_the_first_load(published, expected, tmp_path, run):
 
 def _load_in_process(source, cache):
     if source.startswith('http'):
+        # Another process does not have what a test put into the record.
+        weights_records()[NAME] = dataclasses.replace(weights_records()[NAME], url=source)
         overlay = dict(file=None, url=source)
         model = timm.create_model('gunn15', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=cache)
     else:
         model = timm.create_model(source, pretrained=True, cache_dir=cache)
     return model.fc.weight.tolist()
-
-
-@pytest.mark.parametrize('source', [f'hf-hub:{REPO}', NAME])
-def test_eight_processes_load_at_once(source, published, expected, tmp_path, monkeypatch):
-    # A thread pool of OpenMP does not live through a fork.
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['gunn_timm', 'test_hub'])
-    with context.Pool(8) as pool:
-        results = pool.starmap(_load_in_process, [(source, str(tmp_path))] * 8, chunksize=1)
-    assert all(result == expected.fc.weight.tolist() for result in results)
 
 
 @pytest.fixture
@@ -342,6 +363,19 @@ def recorded_url(hub, monkeypatch):
     hub.lfs[f'{NAME}.safetensors'] = record.path.read_bytes()
     monkeypatch.setitem(weights_records(), NAME, dataclasses.replace(record, url=url))
     return url
+
+
+@pytest.mark.parametrize('source', [f'hf-hub:{REPO}', NAME, 'url'])
+def test_eight_processes_load_at_once(source, published, expected, tmp_path, monkeypatch, request):
+    if source == 'url':
+        source = request.getfixturevalue('recorded_url')
+    # A thread pool of OpenMP does not live through a fork.
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['gunn_timm', 'test_hub'])
+    with context.Pool(8) as pool:
+        results = pool.starmap(_load_in_process, [(source, str(tmp_path))] * 8, chunksize=1)
+    assert all(result == expected.fc.weight.tolist() for result in results)
 
 
 @pytest.mark.parametrize('kind', [None, 'drop', 'truncate', 'corrupt', 'slow', 500, 404])
@@ -356,6 +390,14 @@ def test_url(kind, recorded_url, hub, expected, tmp_path):
         assert weights_in(tmp_path) == []
     assert _load_in_process(recorded_url, str(tmp_path)) == expected.fc.weight.tolist()
     assert [p.name for p in tmp_path.iterdir()] == [f'{NAME}.safetensors']
+
+
+def test_url_goes_to_the_usual_cache(recorded_url, hub, expected):
+    file = Path(torch.hub.get_dir()) / 'checkpoints' / f'{NAME}.safetensors'
+    for _ in range(2):
+        assert _load_in_process(recorded_url, None) == expected.fc.weight.tolist()
+    assert file.is_file() and sum('/files/' in request for request in hub.requests) == 1
+    file.unlink()
 
 
 def test_folder(expected, tmp_path):

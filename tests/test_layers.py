@@ -100,6 +100,14 @@ def test_replaced_modules_are_used():
         assert (p.grad is not None) is name.endswith('scale'), name
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    # Without gradients too, in the format in which what is folded has a way of its own.
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = plain(x)
+        torch.testing.assert_close(gradual(x), expected)
+        gradual.units[1] = nn.Sequential(gradual.units[1])
+        gradual.units[2].blocks[0].conv2 = nn.Sequential(gradual.units[2].blocks[0].conv2)
+        torch.testing.assert_close(gradual(x), expected)
 
 
 def test_unit_is_a_bottleneck_with_projection():

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torchvision import transforms
 
@@ -127,6 +128,20 @@ def test_epochs_are_what_they_are_wherever_one_starts(folder, workers):
     assert not torch.equal(uncut[1][0], uncut[2][0])
     torch.manual_seed(8)
     assert not torch.equal(epoch(loader_of(folder, 'pad4', num_workers=workers), 2)[0], uncut[2][0])
+
+
+def test_distributed_order_changes_with_the_epoch(folder):
+    """Also where a script calls the dataset's set_epoch and, as there is one, not the sampler's."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        loader = loader_of(folder, 'pad4', distributed=True)
+        orders = []
+        for epoch in (0, 1, 0):
+            loader.dataset.set_epoch(epoch)
+            orders.append(list(loader.sampler))
+    finally:
+        dist.destroy_process_group()
+    assert orders[0] == orders[2] != orders[1]
 
 
 def test_validation_is_timms_own(folder):

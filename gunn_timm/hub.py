@@ -87,9 +87,7 @@ Top-1 error is {100 - metrics['top1']:.2f}%; the paper reports {paper}.
 
 ## Use
 
-```bash
-pip install gunn-timm
-```
+With the package gunn_timm installed (`pip install .` in a clone of its repository):
 
 ```python
 import gunn_timm, timm, torch

@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import run as benchmark  # noqa: E402
 import subjects  # noqa: E402
-from measure import Workload, gmacs, peak_memory, step_times, traffic  # noqa: E402
+from measure import Workload, gmacs, peak_memory, profile, step_times, traffic  # noqa: E402
 
 
 @pytest.mark.parametrize('suite', ['cpu', 'cuda'])
@@ -22,6 +23,39 @@ def test_short_version(suite, tmp_path, capsys):
     assert all(row['seconds'] > 0 and row['gmacs'] > 0 for row in results['rows'] if row['timed'])
     assert (tmp_path / 'tables.md').read_text() in capsys.readouterr().out
     assert (tmp_path / 'scaling.png').is_file() is (suite == 'cpu')
+
+
+@pytest.mark.parametrize('name', ['gunn15', 'resnet101'])
+@pytest.mark.parametrize('mode', ['compiled', 'units compiled'])
+def test_compiled_modes_compute_the_same(name, mode):
+    torch.compiler.reset()
+    counters.clear()
+    eager, compiled = (Workload(subjects.create(name, tiny=True), 2, 32, False, mode=m) for m in ('eager', mode))
+    torch.testing.assert_close(compiled.step(), eager.step(), rtol=1e-4, atol=1e-4)
+    # Units of three layers, or one whole network, ours or a peer without units.
+    assert counters['stats']['unique_graphs'] == (3 if (name, mode) == ('gunn15', 'units compiled') else 1)
+
+
+def test_a_network_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
+    create = subjects.create
+
+    def fail(name, tiny):
+        if name == 'sunn18':
+            raise RuntimeError('out of memory')
+        return create(name, tiny)
+
+    monkeypatch.setattr(subjects, 'create', fail)
+    assert benchmark.main(['--device', 'cpu', '--tiny', '--rounds', '1', '--out', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert 'gunn18 over sunn18 | - | 1.15 | not measured |' in out and '| out of memory |' in out
+
+
+def test_profile_shares_are_of_the_wall_time():
+    workload = Workload(torch.nn.Conv2d(16, 16, 3, padding=1), 8, 64, False, in_chans=16)
+    shares = profile(workload, top=3)
+    assert len(shares) == 4 and sum(shares.values()) == pytest.approx(1)
+    assert max(shares, key=shares.get) in ('mkldnn_convolution', '_slow_conv2d_forward')
+    assert all(-0.05 <= share <= 1 for share in shares.values())
 
 
 def test_no_gpu_is_said(capsys, monkeypatch):

@@ -409,7 +409,9 @@ def compile_units(model: nn.Module, **kwargs: Any) -> None:
     # A kind of unit may be compiled for training and inference, and for several image sizes.
     needed = 8 * len({repr(unit) for unit in units})
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, needed)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
+    # As PyTorch 2.6 calls it.
+    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
+    for name in (limit, f'accumulated_{limit}'):
+        setattr(config, name, max(getattr(config, name), needed))
     for unit in units:
         unit.compile(**kwargs)

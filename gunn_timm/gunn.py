@@ -398,7 +398,7 @@ default_cfgs = generate_default_cfgs({
         'gunn24.cifar100': _cifar100_cfg(),
         # The paper's network is the default whatever other tags have weights.
         'gunn18.in1k*': _cfg(),
-        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 84, 84), pool_size=(2, 2), crop_pct=1.0,
+        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0,
                                    interpolation='bilinear'),
         'wide_gunn18.in1k': _cfg(),
         'sunn15.cifar10': _cifar10_cfg(),

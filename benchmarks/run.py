@@ -35,6 +35,7 @@ from measure import (
 )
 
 from gunn_timm.layers import GunnLayer, set_backend
+from gunn_timm.weights import write_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402
@@ -133,15 +134,15 @@ def _rows(case: Case, device: str, tiny: bool) -> List[Dict[str, Any]]:
 
 def _measure_case(case: Case, device: str, rounds: int, tiny: bool) -> List[Dict[str, Any]]:
     workloads, rows = {}, _rows(case, device, tiny)
+    compiled, captured = MODES[case.mode]
     for row in rows:
         try:
             model = subjects.create(row['name'], tiny)
             row['gmacs'] = gmacs(model, row['image_size'])
             start = time.perf_counter()
             workload = _workload(model, row)
-            workload.step()
-            compiled, captured = MODES[case.mode]
             if compiled:
+                workload.step()
                 row['first_step_seconds'] = time.perf_counter() - start
             if not captured:
                 row['peak_bytes'] = peak_memory(workload)
@@ -283,8 +284,8 @@ def _machine(device: str) -> Dict[str, Any]:
 
 
 def _write(results: Dict[str, Any], text: List[str], folder: Path) -> None:
-    (folder / 'results.json').write_text(json.dumps(results, indent=1))
-    (folder / 'tables.md').write_text('\n\n'.join(text) + '\n')
+    write_file(folder / 'results.json', json.dumps(results, indent=1).encode())
+    write_file(folder / 'tables.md', ('\n\n'.join(text) + '\n').encode())
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import matplotlib
 import yaml
 
-from gunn_timm.weights import model_infos
+from gunn_timm.weights import model_infos, write_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402
@@ -141,8 +141,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
-    (args.out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-    (args.out / 'table.md').write_text(f"{results['what']}\n\n{table(results)}\n")
+    write_file(args.out / 'results.json', (json.dumps(results, indent=1) + '\n').encode())
+    write_file(args.out / 'table.md', f"{results['what']}\n\n{table(results)}\n".encode())
     plot(results, args.out / 'curves.png')
     print(table(results))
     return 0

@@ -3,9 +3,10 @@
 A .t7 file is a stream of Lua values. The reader here takes the few kinds of which such a network consists, checks every
 length against what is left of the file, and runs nothing that a file may hold.
 """
+import math
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple, Union
 
 import timm
 import torch
@@ -128,11 +129,8 @@ class _Reader:
             return torch.empty(0, dtype=dtype)
         if not isinstance(storage, torch.Tensor) or storage.dtype != dtype:
             raise ValueError(f'the tensor at byte {at} has no storage of its type')
-        count = 1
-        for length in size:
-            count *= length
         last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-        if min(size) < 0 or min(stride) < 0 or offset < 0 or count > len(storage) or last >= len(storage):
+        if min(size) < 0 or min(stride) < 0 or offset < 0 or math.prod(size) > len(storage) or last >= len(storage):
             raise ValueError(f'the tensor at byte {at} reaches beyond its storage of {len(storage)} values')
         return storage.as_strided(size, stride, offset)
 
@@ -205,7 +203,7 @@ def _tensor(layer: LuaObject, field: str, shape: Tuple[int, ...], name: str) -> 
     if not isinstance(found, torch.Tensor) or found.numel() == 0:
         raise ValueError(f"the '{layer.class_name}' for {name} has no '{field}'")
     # SpatialConvolutionMM keeps its weight as a matrix.
-    if found.numel() != torch.Size(shape).numel() or (found.ndim == len(shape) and tuple(found.shape) != shape):
+    if found.numel() != math.prod(shape) or (found.ndim == len(shape) and tuple(found.shape) != shape):
         raise ValueError(f"the '{field}' for {name} has shape {tuple(found.shape)} and not {shape}")
     return found.reshape(shape).float().clone()
 
@@ -220,7 +218,7 @@ def _state_of(layer: LuaObject, module: nn.Module, name: str) -> Dict[str, torch
             raise ValueError(f'the norm for {name} has an eps of {eps} and not {module.eps}')
         state[f'{name}.num_batches_tracked'] = torch.tensor(0)
     elif isinstance(module, nn.Conv2d):
-        bias: Optional[Any] = layer.fields.get('bias')
+        bias = layer.fields.get('bias')
         if isinstance(bias, torch.Tensor) and bias.count_nonzero():
             raise ValueError(f'the convolution for {name} has a bias, which the networks here do not')
     return state

@@ -396,10 +396,11 @@ default_cfgs = generate_default_cfgs({
         'gunn15.cifar100': _cifar100_cfg(),
         'gunn24.cifar10': _cifar10_cfg(),
         'gunn24.cifar100': _cifar100_cfg(),
-        # The paper's network is the default whatever other tags have weights.
-        'gunn18.in1k*': _cfg(),
+        # Before the tag with a star: timm moves the first tag that has weights to the front, past one with a star, and
+        # the paper's network is to be the default whatever other tags have weights.
         'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0,
                                    interpolation='bilinear'),
+        'gunn18.in1k*': _cfg(),
         'wide_gunn18.in1k': _cfg(),
         'sunn15.cifar10': _cifar10_cfg(),
         'sunn15.cifar100': _cifar100_cfg(),

@@ -75,6 +75,11 @@ def test_gunn15_has_weights():
     assert 'gunn15.cifar10' in weights_records()
 
 
+def test_the_papers_network_is_the_default_whatever_has_weights():
+    assert timm.create_model('gunn18', device='meta').num_classes == 1000
+    assert timm.create_model('gunn18', pretrained=True).pretrained_cfg['tag'] == 'mini_in100'
+
+
 def test_pretrained_without_weights_says_what_exists():
     with pytest.raises(RuntimeError) as error:
         timm.create_model('gunn24', pretrained=True)

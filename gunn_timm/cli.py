@@ -7,9 +7,11 @@ from typing import List, Optional, Sequence
 
 import safetensors.torch
 
+from .cam import save_cams
 from .hub import model_card, publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
+from .summary import format_summary, plot_depth, summarize
 from .torch7 import convert_torch7
 from .weights import WeightsRecord, find_record, model_infos, weights_records, write_file
 
@@ -64,7 +66,10 @@ def _list(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.images]
-    results = predict(create_model(args.model, pretrained=True), images, args.topk)
+    model = create_model(args.model, pretrained=True)
+    results = predict(model, images, args.topk)
+    if args.cam:
+        save_cams(model, images, [top[0]['index'] for top in results], args.cam)
     if args.json:
         print(json.dumps([dict(image=path, predictions=top) for path, top in zip(args.images, results)], indent=2))
         return
@@ -72,6 +77,17 @@ def _predict(args: argparse.Namespace) -> None:
         print(path)
         for entry in top:
             print(f"  {entry['probability']:6.1%}  {entry['label']}")
+
+
+def _summary(args: argparse.Namespace) -> None:
+    sizes = args.image_size
+    rows = summarize(create_model(args.model, device='meta'), sizes[0] if sizes and len(sizes) == 1 else sizes)
+    if args.plot:
+        plot_depth({
+            label: create_model(args.model, device='meta', ordered=ordered)
+            for label, ordered in (('in order', True), ('all at once', False))
+        }, args.plot)
+    print(format_summary(rows))
 
 
 def _card(args: argparse.Namespace) -> None:
@@ -110,11 +126,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--model', default='gunn15', help="model with weights, as timm names it (default: 'gunn15')")
     command.add_argument('--topk', type=int, default=5, metavar='K', help='classes to print (default: 5)')
     command.add_argument('--json', action='store_true', help='print JSON')
+    command.add_argument(
+        '--cam', nargs='+', metavar='OUT.png',
+        help='PNG files to write, one for each image in turn: where in it the likeliest class is seen, as a class '
+             'activation map laid over it (needs torchcam)')
     command.set_defaults(function=_predict)
 
     command = commands.add_parser('list', help='list the models and tags, and which have weights')
     command.add_argument('--markdown', action='store_true', help="print the README's table")
     command.set_defaults(function=_list)
+
+    command = commands.add_parser(
+        'summary', help='print shapes, parameters, MACs, receptive field and depth of each part of a model')
+    command.add_argument('model', metavar='MODEL', help="model, 'gunn18' say")
+    command.add_argument(
+        '--image-size', type=int, nargs='+', metavar=('H', 'W'),
+        help='height and width of the images, or one number for both (default: what the model is made for)')
+    command.add_argument(
+        '--plot', metavar='FILE',
+        help='draw how depth grows along the channels, in order and with all segments at once (needs matplotlib)')
+    command.set_defaults(function=_summary)
 
     command = commands.add_parser('card', help='print the model card of published weights, written from their record')
     command.add_argument('name', metavar='NAME', help="weight, 'gunn15.cifar10' say")

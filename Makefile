@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench docs lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
@@ -23,6 +23,11 @@ bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py
 
+docs: $(VENV)/installed-docs
+	$(BIN)/griffe2md gunn_timm -o docs/api.md
+	$(BIN)/python docs/draw.py
+	$(BIN)/python -m gunn_timm summary gunn15 --plot docs/depth.png > /dev/null
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 
@@ -37,6 +42,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 $(TIMM_SOURCE): $(VENV)/installed-test

@@ -270,7 +270,12 @@ def _target_table(rows: Dict[Case, List[Dict[str, Any]]]) -> str:
     return '\n'.join(lines)
 
 
-def _machine(device: str) -> Dict[str, Any]:
+def machine(device: str) -> Dict[str, Any]:
+    """Say what is measured on, and with which versions.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
     name = platform.processor() or platform.machine()
     if device == 'cuda':
         name = torch.cuda.get_device_name()
@@ -283,7 +288,14 @@ def _machine(device: str) -> Dict[str, Any]:
         timm=timm.__version__, malloc={k: v for k, v in os.environ.items() if k.startswith('MALLOC_')})
 
 
-def _write(results: Dict[str, Any], text: List[str], folder: Path) -> None:
+def write(results: Dict[str, Any], text: List[str], folder: Path) -> None:
+    """Write results.json and, of the tables, tables.md.
+
+    Args:
+        results: Everything measured.
+        text: Tables as Markdown.
+        folder: Folder, which is there.
+    """
     write_file(folder / 'results.json', json.dumps(results, indent=1).encode())
     write_file(folder / 'tables.md', ('\n\n'.join(text) + '\n').encode())
 
@@ -313,25 +325,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     cases = _cuda_cases(args.full) if args.suite == 'cuda' else _SHORT + (_LONG if args.full else [])
     if device == 'cpu':
         cases = [case for case in cases if not MODES[case.mode][1]]
-    machine = _machine(device)
+    measured_on = machine(device)
     rows = {}
     for case in cases:
         print(f"measuring {'training' if case.train else 'inference'} of {', '.join(case.names)}", file=sys.stderr)
         rows[case] = _measure_case(case, device, args.rounds, args.tiny)
         gc.collect()
     flat = [row for case_rows in rows.values() for row in case_rows]
-    results: Dict[str, Any] = dict(machine=machine, rows=flat)
-    text = [', '.join(f'{k}: {v}' for k, v in machine.items()), _table(flat)]
+    results: Dict[str, Any] = dict(machine=measured_on, rows=flat)
+    text = [', '.join(f'{k}: {v}' for k, v in measured_on.items()), _table(flat)]
     if args.suite == 'cpu':
         text.insert(1, _target_table(rows))
-    _write(results, text, args.out)
+    write(results, text, args.out)
     if args.suite == 'cpu':
         print('profiling', file=sys.stderr)
         results['profiles'] = _profiles(args.tiny)
         text.append(_profile_table(results['profiles']))
         results['scaling'] = _scaling(args.tiny)
         _plot_scaling(results['scaling'], args.out / 'scaling.png')
-        _write(results, text, args.out)
+        write(results, text, args.out)
     print('\n\n'.join(text))
     return 0
 

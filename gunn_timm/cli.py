@@ -8,12 +8,13 @@ from typing import List, Optional, Sequence
 import safetensors.torch
 
 from .cam import save_cams
+from .export import FORMATS, ONNX_OPSET, check_export, export_model
 from .hub import model_card, publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
 from .summary import format_summary, plot_depth, summarize
 from .torch7 import convert_torch7
-from .weights import WeightsRecord, find_record, model_infos, weights_records, write_file
+from .weights import WeightsRecord, find_record, load_checkpoint, model_infos, weights_records, write_file
 
 __all__ = ['main', 'models_table']
 
@@ -111,6 +112,23 @@ def _publish(args: argparse.Namespace) -> None:
         print(f'its record says so with\nhub: {{repo_id: {repo_id}, revision: {done.commit}}}')
 
 
+def _export(args: argparse.Namespace) -> None:
+    if args.num_classes is not None and not args.checkpoint:
+        raise ValueError('--num-classes goes with --checkpoint.')
+    if args.checkpoint:
+        model = create_model(args.model, num_classes=args.num_classes)
+        load_checkpoint(model, args.checkpoint)
+        # The published weights' classes, which need not be those of the checkpoint.
+        model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': None}
+    else:
+        model = create_model(args.model, pretrained=True)
+    export_model(model, args.out, args.format)
+    opset = f', opset {ONNX_OPSET}' if args.format == 'onnx' else ''
+    print(f'{args.out}: {args.model} as {args.format}{opset}, {Path(args.out).stat().st_size:,} bytes')
+    if args.check:
+        print(f'largest relative difference from eager: {check_export(model, args.out, args.format):.1e}')
+
+
 def _convert_torch7(args: argparse.Namespace) -> None:
     state = convert_torch7(args.file, args.model)
     write_file(args.out, safetensors.torch.save(state, metadata={'format': 'pt'}))
@@ -163,6 +181,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--force', action='store_true', help='replace other content, remove pickled weights')
     command.add_argument('--dry-run', action='store_true', help='only name the files that would be sent')
     command.set_defaults(function=_publish)
+
+    command = commands.add_parser(
+        'export', help='write a model to a file for deployment, norms folded, for batches and images of any size',
+        description="ONNX needs pip install '.[export]', pt2 (AOTInductor) a C++ compiler.")
+    command.add_argument('model', metavar='MODEL', help="model, as timm names it, 'gunn15' say")
+    command.add_argument('--format', required=True, choices=FORMATS)
+    command.add_argument('--out', required=True, metavar='FILE', help='file to write')
+    command.add_argument('--checkpoint', metavar='FILE', help='export these, not the published weights')
+    command.add_argument('--num-classes', type=int, metavar='N', help="classes of the checkpoint, if not the model's")
+    command.add_argument('--check', action='store_true', help='run the file in its own runtime and compare')
+    command.set_defaults(function=_export)
 
     command = commands.add_parser(
         'convert-torch7', help="turn a network that the authors' Torch7 code saved into weights of ours",

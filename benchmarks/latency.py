@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Measure the latency of a network on the CPU in each form it can be deployed in, and print a table.
+
+    python benchmarks/latency.py                               gunn15, batches of 1 and 16 images
+    python benchmarks/latency.py --model gunn18 --batch-sizes 1 8
+
+Writes results.json and the table as Markdown to the folder given by --out. The weights are random, and so are the
+images that the static int8 form is calibrated on: it is only timed. Needs `pip install '.[bench,export]'` and a C++
+compiler.
+"""
+import argparse
+import copy
+import functools
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import subjects
+import torch
+from measure import step_times, summary
+from run import machine, write
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from gunn_timm.export import export_model
+
+sys.path.append(str(Path(__file__).parents[1] / 'examples'))
+from quantize import quantize  # noqa: E402
+
+
+class Form(NamedTuple):
+    """A network that can be called.
+
+    Attributes:
+        prepare: Turns images (N, C, H, W) in float32 into what `call` takes; not timed.
+        call: Runs the network.
+    """
+    prepare: Callable[[torch.Tensor], Any]
+    call: Callable[[Any], Any]
+
+
+class Call:
+    """A call of a form, as `step_times` takes it.
+
+    Args:
+        form: What to call.
+        images: Images, shape (N, C, H, W).
+    """
+
+    def __init__(self, form: Form, images: torch.Tensor):
+        self.call = functools.partial(form.call, form.prepare(images))
+
+    @torch.inference_mode()
+    def timed(self) -> float:
+        """Run it once and return its seconds."""
+        start = time.perf_counter()
+        self.call()
+        return time.perf_counter() - start
+
+
+def _eager(model: nn.Module, dtype: torch.dtype = torch.float32) -> Form:
+    model = copy.deepcopy(model).to(dtype=dtype, memory_format=torch.channels_last).eval()
+    return Form(lambda images: images.to(dtype=dtype, memory_format=torch.channels_last), model)
+
+
+def _compiled(model: nn.Module) -> Form:
+    prepare, model = _eager(model)
+    # As a server of one batch size would; else the second size gets code for all sizes.
+    return Form(prepare, torch.compile(model, dynamic=False))
+
+
+def _torchscript(model: nn.Module, folder: Path) -> Form:
+    file = folder / 'model.pt'
+    export_model(model, file, 'torchscript')
+    return Form(torch.Tensor.contiguous, torch.jit.load(file))
+
+
+def _aotinductor(model: nn.Module, folder: Path) -> Form:
+    file = folder / 'model.pt2'
+    export_model(model, file, 'pt2')
+    return Form(torch.Tensor.contiguous, torch._inductor.aoti_load_package(str(file)))
+
+
+def _onnx(file: Path) -> Form:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+    return Form(lambda images: {'images': images.numpy()}, functools.partial(session.run, None))
+
+
+def _forms(name: str, tiny: bool, folder: Path) -> Dict[str, Callable[[], Form]]:
+    """Name the forms, and what makes each."""
+    model, folded = subjects.create(name, tiny), subjects.create(f'{name}:folded', tiny)
+    input_size = resolve_model_data_config(model)['input_size']
+
+    @functools.lru_cache(maxsize=None)
+    def files() -> Dict[str, Path]:
+        file = folder / 'model.onnx'
+        export_model(model, file, 'onnx')
+        images = np.random.default_rng(0).standard_normal((8, *input_size), dtype=np.float32)
+        return {'float32': file, **quantize(file, [images])}
+
+    return {
+        'eager': lambda: _eager(model),
+        'eager, folded': lambda: _eager(folded),
+        'eager, folded, bfloat16': lambda: _eager(folded, torch.bfloat16),
+        'torch.compile, folded': lambda: _compiled(folded),
+        'TorchScript': lambda: _torchscript(model, folder),
+        'AOTInductor': lambda: _aotinductor(model, folder),
+        'ONNX Runtime': lambda: _onnx(files()['float32']),
+        'ONNX Runtime, int8 dynamic': lambda: _onnx(files()['dynamic']),
+        'ONNX Runtime, int8 static': lambda: _onnx(files()['static']),
+    }
+
+
+def _measure(name: str, tiny: bool, batch_sizes: Sequence[int], rounds: int, folder: Path) -> List[Dict[str, Any]]:
+    forms, errors = {}, {}
+    for form, make in _forms(name, tiny, folder).items():
+        print(f'preparing {form}', file=sys.stderr)
+        try:
+            forms[form] = make()
+        except RuntimeError as e:  # no compiler, say: the others can still be measured
+            errors[form] = str(e).split('\n')[0]
+    input_size = resolve_model_data_config(subjects.create(name, tiny))['input_size']
+    rows = [dict(form=form, error=error) for form, error in errors.items()]
+    for batch_size in batch_sizes:
+        print(f'measuring batches of {batch_size}', file=sys.stderr)
+        images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+        calls = {form: Call(made, images) for form, made in forms.items()}
+        # TorchScript profiles its first call and compiles in its second; `step_times` warms up with one more.
+        step_times(calls, 1)
+        seconds = step_times(calls, rounds)
+        rows.extend(
+            dict(form=form, batch_size=batch_size, image_size=input_size[-1], **summary(times, batch_size))
+            for form, times in seconds.items())
+    return rows
+
+
+def _table(rows: List[Dict[str, Any]]) -> str:
+    head = ['form', 'batch', 'size', 'ms', 'least', 'most', 'images/s', 'of eager']
+    lines = [head, ['---'] * len(head)]
+    eager = {row['batch_size']: row['seconds'] for row in rows if row['form'] == 'eager'}
+    for row in rows:
+        if 'error' in row:
+            lines.append([row['form'], row['error'], *['-'] * (len(head) - 2)])
+            continue
+        lines.append([
+            row['form'], str(row['batch_size']), str(row['image_size']),
+            *(f'{1e3 * row[key]:.2f}' for key in ('seconds', 'seconds_min', 'seconds_max')),
+            f"{row['images_per_second']:.1f}", f"{row['seconds'] / eager[row['batch_size']]:.2f}"])
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the benchmark.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        Exit code 0; 2 where an argument is at fault.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--model', default='gunn15', metavar='NAME', help='network (default: gunn15)')
+    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16], metavar='N', help='(default: 1 16)')
+    parser.add_argument('--rounds', type=int, default=20, metavar='N', help='rounds that count (default: 20)')
+    parser.add_argument('--tiny', action='store_true', help='a network of a few channels, to try the script')
+    parser.add_argument('--out', type=Path, default=Path('output/latency'), metavar='DIR', help='folder to write to')
+    args = parser.parse_args(argv)
+    if min(*args.batch_sizes, args.rounds) < 1:
+        print('error: --batch-sizes and --rounds must be at least 1', file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    versions = dict(model=args.model, **machine('cpu'), onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure(args.model, args.tiny, args.batch_sizes, args.rounds, Path(folder))
+    text = [', '.join(f'{k}: {v}' for k, v in versions.items()), _table(rows)]
+    write(dict(machine=versions, rows=rows), text, args.out)
+    print('\n\n'.join(text))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

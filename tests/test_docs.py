@@ -71,7 +71,7 @@ def public_names():
         for name in getattr(loaded, '__all__', ()):
             member = getattr(loaded, name)
             # timm adds the entry points to __all__; the page has the class that they make.
-            if (inspect.isclass(member) or inspect.isfunction(member)) and not timm.is_model(name):
+            if callable(member) and not timm.is_model(name):
                 yield f'{loaded.__name__}.{name}', member
 
 

@@ -28,6 +28,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from gunn_timm.export import export_model
+from gunn_timm.layers import compile_units
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
 from quantize import quantize  # noqa: E402
@@ -69,9 +70,10 @@ def _eager(model: nn.Module, dtype: torch.dtype = torch.float32) -> Form:
 
 
 def _compiled(model: nn.Module) -> Form:
-    prepare, model = _eager(model)
-    # As a server of one batch size would; else the second size gets code for all sizes.
-    return Form(prepare, torch.compile(model, dynamic=False))
+    form = _eager(model)
+    # For each batch size by itself, as for a server that has only one.
+    compile_units(form.call, dynamic=False)
+    return form
 
 
 def _torchscript(model: nn.Module, folder: Path) -> Form:
@@ -109,7 +111,7 @@ def _forms(name: str, tiny: bool, folder: Path) -> Dict[str, Callable[[], Form]]
         'eager': lambda: _eager(model),
         'eager, folded': lambda: _eager(folded),
         'eager, folded, bfloat16': lambda: _eager(folded, torch.bfloat16),
-        'torch.compile, folded': lambda: _compiled(folded),
+        'torch.compile of the units, folded': lambda: _compiled(folded),
         'TorchScript': lambda: _torchscript(model, folder),
         'AOTInductor': lambda: _aotinductor(model, folder),
         'ONNX Runtime': lambda: _onnx(files()['float32']),

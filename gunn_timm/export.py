@@ -1,5 +1,6 @@
 """Export for deployment: ONNX, AOTInductor and TorchScript files, and the check that a file computes the same."""
 import copy
+import functools
 import importlib
 import io
 import json
@@ -12,6 +13,8 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 
+from .gradual import update_in_place
+from .layers import GunnLayer
 from .weights import probe_images, write_file
 
 __all__ = ['FORMATS', 'ONNX_OPSET', 'TOLERANCE', 'check_export', 'export_model']
@@ -92,6 +95,12 @@ def _to_pt2(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, st
         raise RuntimeError(
             "Format 'pt2' needs a C++ compiler, and none was found; install g++, or name one in the environment "
             'variable CXX.') from e
+    # What updates one state is compiled to code that does so. Concatenating before every unit, which tracing sees else,
+    # becomes as many loops as the square of the number of segments: for minutes of compiling, hours.
+    for module in model.modules():
+        if isinstance(module, GunnLayer):
+            module.forward = functools.partial(
+                update_in_place, units=module.units, residual=module.residual, ordered=module.ordered)
     with tempfile.TemporaryDirectory() as folder:
         return Path(aoti_compile_and_package(
             _program(model, images), package_path=f'{folder}/model.pt2',

@@ -46,7 +46,7 @@ def _metadata(model: torch.nn.Module) -> Dict[str, str]:
     entries = dict(
         architecture=cfg.get('architecture', ''),
         description='images: resized to input_size / crop_pct, cropped to input_size; RGB, scaled to 0..1, less mean, '
-                    'over std; float32 (batch, channels, height, width). output: logits (batch, classes)',
+                    'over std; float32 (batch, channels, height, width), contiguous. output: logits (batch, classes)',
         **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')})
     labels = cfg.get('label_names') or ()
     if labels and len(labels) == model.num_classes:  # else those of other classes
@@ -95,8 +95,8 @@ def _to_pt2(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, st
         raise RuntimeError(
             "Format 'pt2' needs a C++ compiler, and none was found; install g++, or name one in the environment "
             'variable CXX.') from e
-    # What updates one state is compiled to code that does so. Concatenating before every unit, which tracing sees else,
-    # becomes as many loops as the square of the number of segments: for minutes of compiling, hours.
+    # What updates one state is compiled to code that does so. Concatenating before every unit, which tracing would see,
+    # becomes loops whose number grows with the square of the number of segments: of gunn15 19 minutes were not enough.
     for module in model.modules():
         if isinstance(module, GunnLayer):
             module.forward = functools.partial(
@@ -129,9 +129,10 @@ def _check_format(format: str, path: Union[str, Path]) -> None:
 def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) -> None:
     """Write a model to a file for deployment, for batches and images of any size.
 
-    The norms are folded into the convolutions. The input is 'images', shape (N, C, H, W), normalised; the output is
-    'output', shape (N, num_classes), or (N, num_features) without a classifier. The file has metadata that a deployer
-    needs: architecture, description, input_size, mean, std, interpolation, crop_pct, crop_mode and, if they are known,
+    The norms are folded into the convolutions. The input is 'images', shape (N, C, H, W), normalised, and for a pt2
+    package contiguous, which it does not check: of channels_last it computes something else. The output is 'output',
+    shape (N, num_classes), or (N, num_features) without a classifier. The file has metadata that a deployer needs:
+    architecture, description, input_size, mean, std, interpolation, crop_pct, crop_mode and, if they are known,
     label_names; lists and numbers in JSON. They are the metadata_props of an ONNX file, the metadata of a pt2 package's
     loader, and metadata.json in a TorchScript file.
 
@@ -139,7 +140,7 @@ def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) ->
         model: Model of timm's in float32, whose pretrained_cfg describes its images; it is not changed.
         path: File to write, as a whole or not at all; what was there is replaced.
         format: 'onnx' (opset `ONNX_OPSET`), 'pt2' (compiled by AOTInductor for the model's device and for processors
-            like this machine's, which takes minutes; for the PyTorch that wrote it) or 'torchscript'.
+            like this machine's, which takes a minute and more; for the PyTorch that wrote it) or 'torchscript'.
 
     Raises:
         ValueError: `format` is none of these, a pt2 file is named otherwise, the model is not in float32, or its

@@ -72,17 +72,32 @@ def test_torchscript(tiny_name, tmp_path):
     assert not scripted(x).requires_grad
 
 
-def test_pt2(tiny, tmp_path):
+@pytest.mark.parametrize('name', ['gunn15', 'sunn15', 'gunn15_nores'])
+def test_pt2(name, tmp_path, monkeypatch):
+    model = create_tiny(name, channels=(4, 8), segments=(2, 2)).eval()
     file = tmp_path / 'model.pt2'
-    export_model(tiny, file, 'pt2')
-    assert check_export(tiny, file, 'pt2') <= ROUNDING
+    programs, package_program = [], torch._inductor.aoti_compile_and_package
+
+    def watch(program, **kwargs):
+        programs.append(program)
+        return package_program(program, **kwargs)
+
+    monkeypatch.setattr(torch._inductor, 'aoti_compile_and_package', watch)
+    export_model(model, file, 'pt2')
+    # Not even one a layer, of which compiling would make loops for every segment.
+    program, = programs
+    assert not any(node.target is torch.ops.aten.cat.default for node in program.graph.nodes)
+    assert not any('forward' in vars(module) for module in model.modules())
+    assert check_export(model, file, 'pt2') <= ROUNDING
     package = torch._inductor.aoti_load_package(str(file))
-    x = odd_images(tiny)
-    assert relative(package(x), tiny(x).detach()) <= ROUNDING
+    x = odd_images(model)
+    before = x.clone()
+    assert relative(package(x), model(x).detach()) <= ROUNDING
+    assert torch.equal(x, before)
     assert json.loads(package.loader.get_metadata()['input_size']) == [3, 32, 32]
-    scale('fc.weight', 1.01)(tiny)
+    scale('fc.weight', 1.01)(model)
     with pytest.raises(RuntimeError, match='does not compute what the model does'):
-        check_export(tiny, file, 'pt2')
+        check_export(model, file, 'pt2')
 
 
 def metadata(file, format):

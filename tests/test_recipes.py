@@ -16,6 +16,7 @@ from gunn_timm.weights import model_infos, weights_records
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 'recipes').glob('*.yaml'))}
 PAPER = [name for name in RECIPES if name.endswith('_paper')]
 SNAPSHOTS = [name for name in RECIPES if name.endswith('_snapshots')]
+SNAPSHOTS_LAPTOP = yaml.safe_load((ROOT / 'experiments' / 'snapshots_laptop.yaml').read_text())
 
 
 def optimizer_and_scheduler(recipe, updates_per_epoch=10):
@@ -92,20 +93,21 @@ def test_authors_imagenet_schedule():
         [0.1] * 30 + [0.01] * 30 + [0.001] * 30 + [0.00001] * 30)
 
 
-@pytest.mark.parametrize('name', SNAPSHOTS)
-def test_snapshot_schedule(name):
-    """Six cycles of one length from the full rate to none (Huang et al. 2017, equation 2), and each end is kept."""
-    recipe = RECIPES[name]
+@pytest.mark.parametrize('recipe, cycles, cycle', [
+    *((RECIPES[name], 6, 50) for name in SNAPSHOTS), (SNAPSHOTS_LAPTOP, 3, 3)], ids=[*SNAPSHOTS, 'laptop'])
+def test_snapshot_schedule(recipe, cycles, cycle):
+    """Cycles of one length from the full rate to none (Huang et al. 2017, equation 2), and each end is kept."""
     _, optimizer, scheduler, epochs = optimizer_and_scheduler(recipe)
-    assert epochs == 300 and recipe['checkpoint_hist'] == 6
+    assert epochs == cycles * cycle and recipe['checkpoint_hist'] == cycles
     for epoch in range(epochs):
         for update in (0, 9):
             scheduler.step_update(10 * epoch + update)
-            position = (10 * epoch + update) % 500 / 500
+            position = (10 * epoch + update) % (10 * cycle) / (10 * cycle)
             expected = 0.05 * (1 + math.cos(math.pi * position))
             assert optimizer.param_groups[0]['lr'] == pytest.approx(expected)
     # train.py saves after every epoch whose number, from 1, is a multiple of val_interval.
-    assert [epoch for epoch in range(epochs) if (epoch + 1) % recipe['val_interval'] == 0] == list(range(49, 300, 50))
+    ends = [epoch for epoch in range(epochs) if (epoch + 1) % recipe['val_interval'] == 0]
+    assert ends == list(range(cycle - 1, epochs, cycle))
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if name not in PAPER + SNAPSHOTS])
@@ -116,6 +118,18 @@ def test_cosine_recipes_exempt_norms_and_anneal(name):
     scheduler.step_update(epochs * 10)
     assert optimizer.param_groups[0]['lr'] <= recipe['lr'] / 1000
     assert all(p.ndim > 1 for g in optimizer.param_groups if g['weight_decay'] for p in g['params'])
+
+
+def test_cost_table():
+    rows = re.findall(r'^\| (\w+) \| (\d+) \| ([\d.]+) \| ([\d.,]+) \| ([\d.]+) \|$',
+                      (ROOT / 'recipes' / 'README.md').read_text(), re.MULTILINE)
+    assert {name for name, *_ in rows} >= {name for name in PAPER if 'in1k' in name}
+    for name, epochs, millions, pmacs, hours in rows:
+        recipe = RECIPES[name]
+        images = recipe['epochs'] * (50_000 if 'cifar' in name else 1_281_167)
+        gmacs = 3 * images * model_infos()[recipe['model']].gmacs
+        assert (epochs, millions, pmacs, hours) == (
+            str(recipe['epochs']), f'{images / 1e6:.1f}', f'{gmacs / 1e6:,.1f}', f'{images / 3.6e6:.1f}')
 
 
 @timm_checkout

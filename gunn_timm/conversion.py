@@ -29,12 +29,17 @@ _ACTIVATIONS = (
 
 
 def _normalize_segment(bn: nn.Module, x: torch.Tensor, index: int, count: int) -> torch.Tensor:
-    """Call a norm on one segment's channels, with that segment's share of its parameters and statistics."""
+    """Apply a norm to one segment's channels, with that segment's share of its parameters and statistics."""
     size = x.shape[1]
+    segment = slice(index * size, (index + 1) * size)
+    if not bn.training:
+        # Without `functional_call`, which changes the module for a while: other threads may be using it.
+        statistics = bn.running_mean[segment], bn.running_var[segment]
+        return F.batch_norm(x, *statistics, bn.weight[segment], bn.bias[segment], eps=bn.eps)
     tensors = {}
     for name, tensor in (*bn.named_parameters(), *bn.named_buffers()):
         if tensor.ndim:
-            tensors[name] = tensor[index * size:(index + 1) * size]
+            tensors[name] = tensor[segment]
         else:
             # The number of batches, which all segments together are to add one to.
             tensors[name] = tensor if index == count - 1 else tensor.clone()
@@ -57,7 +62,7 @@ class GradualBottleneck(nn.Module):
     Stochastic depth drops what the segments add to x together; what they read of each other it leaves alone. Training
     keeps what each segment read, P times C channels. Gradient checkpointing keeps less, and as in any network with
     BatchNorm its second call updates the statistics once more; here what segments read is then scaled by those that the
-    first call left. torch.compile and torch.export take the block, TorchScript does not.
+    first call left. torch.compile and torch.export take the block, torch.jit.script does not.
 
     Args:
         block: Bottleneck that `conversion_report` has nothing against, or another of this class. Its modules are used,

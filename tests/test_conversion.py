@@ -3,6 +3,7 @@ import copy
 import importlib.util
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -268,6 +269,20 @@ def test_synchronized_norms_in_eval_mode():
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(gradual))
     assert type(synchronized.bn1) is nn.SyncBatchNorm
     torch.testing.assert_close(synchronized(inputs()), gradual(inputs()))
+
+
+def test_threads_share_a_network():
+    gradual = to_gradual(create_block(torch.float32)).eval()
+    x = inputs(torch.float32, size=32)
+    with torch.inference_mode():
+        expected = gradual(x)
+
+    @torch.inference_mode()
+    def call(_):
+        return gradual(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(y, expected) for y in pool.map(call, range(40)))
 
 
 def test_norms_are_called_and_convolutions_may_not_be_replaced():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torchvision.ops import FrozenBatchNorm2d
 
 from .gradual import gradual_update, update_in_place
 
@@ -66,10 +67,11 @@ class ConvNormAct(nn.Module):
     def reparameterize(self) -> None:
         """Fold the norm's running statistics into the convolution, for inference, whatever mode the module is in.
 
-        `timm.utils.reparameterize_model` calls it. A norm without running statistics is left as it is.
+        `timm.utils.reparameterize_model` calls it. Norms that `timm.layers.freeze_batch_norm_2d` froze are folded too;
+        one without running statistics is left as it is.
         """
         bn = self.bn
-        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or bn.running_mean is None:
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)) or bn.running_mean is None:
             return
         self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
             self.conv.weight, self.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)

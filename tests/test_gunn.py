@@ -11,6 +11,7 @@ from timm.models import group_parameters
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import FrozenBatchNorm2d
 
 from gunn_timm.layers import GunnLayer, UpdateUnit, set_backend
 from gunn_timm.weights import model_infos, weights_records
@@ -305,6 +306,17 @@ def test_reparameterized_model_is_the_same(tiny_name):
     # timm's scripts fold before they call eval().
     trained = timm.utils.reparameterize_model(model.train()).eval()
     assert torch.equal(trained(x), folded(x))
+
+
+def test_frozen_norms_are_folded():
+    model = create_tiny('gunn15').double().eval()
+    x = images(model).double()
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules())
+    folded = timm.utils.reparameterize_model(frozen)
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in folded.modules())
+    with torch.inference_mode():
+        assert relative(folded(x), model(x)) <= EXACT
 
 
 @pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn15', 'sunn18'])

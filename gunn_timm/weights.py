@@ -11,7 +11,7 @@ import os
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -105,27 +105,52 @@ def _weights_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / 'weights'
 
 
+def _read_mapping(path: Path) -> Dict[Any, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except Exception as e:  # PyYAML raises others than its own, for dates that do not exist say
+        raise ValueError(f"'{path}' is not YAML that can be read ({e}).") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' must have keys and values; it has {content!r:.40}.")
+    return content
+
+
 def _read(cls: type, name: str, path: Path, fields: Any) -> Any:
     try:
-        return cls(name=name, **fields)
+        described = cls(name=name, **fields)
     except TypeError as e:
         accepted = ', '.join(f.name for f in dataclasses.fields(cls) if f.name != 'name')
         raise ValueError(f"'{path}' does not describe '{name}' as it should ({e}); its keys are {accepted}.") from e
+    for key, hint in get_type_hints(cls).items():
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,))]
+        # YAML makes plain types; of a whole number that may have decimals, an int.
+        if type(getattr(described, key)) not in [*kinds, *([int] if float in kinds else [])]:
+            raise ValueError(
+                f"'{path}' does not describe '{name}' as it should: '{key}' is {getattr(described, key)!r:.40}, and "
+                f"must be of type {' or '.join(kind.__name__ for kind in kinds)}.")
+    return described
 
 
 @lru_cache(maxsize=None)
 def model_infos() -> Dict[str, ModelInfo]:
-    """Read what is known of every registered tag, by name."""
+    """Read what is known of every registered tag, by name.
+
+    Raises:
+        ValueError: The file is damaged, or says less, more or other than it should; the message names file and key.
+    """
     path = _weights_dir() / 'models.yaml'
-    return {name: _read(ModelInfo, name, path, fields) for name, fields in yaml.safe_load(path.read_text()).items()}
+    return {name: _read(ModelInfo, name, path, fields) for name, fields in _read_mapping(path).items()}
 
 
 @lru_cache(maxsize=None)
 def weights_records() -> Dict[str, WeightsRecord]:
-    """Read the records of all weights that exist, by name."""
+    """Read the records of all weights that exist, by name.
+
+    Raises:
+        ValueError: A file is damaged, or says less, more or other than it should; the message names file and key.
+    """
     paths = [_weights_dir() / f'{name}.yaml' for name in model_infos()]
-    return {path.stem: _read(WeightsRecord, path.stem, path, yaml.safe_load(path.read_text()))
-            for path in paths if path.is_file()}
+    return {path.stem: _read(WeightsRecord, path.stem, path, _read_mapping(path)) for path in paths if path.is_file()}
 
 
 def available_weights() -> str:
@@ -250,11 +275,15 @@ def fetch_verified(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Pretr
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: Its SHA-256 is not the published one. If it was downloaded, it is removed.
+        ValueError: Its SHA-256 is not the published one. If it was downloaded, it is removed. Or it is the user's own,
+            and is no checkpoint.
         OSError: The download failed.
     """
     published = _published_file(cfg, cache_dir)
     if published is None:
+        if cfg.file and not cfg.state_dict and cfg.source not in ('hf-hub', 'local-dir'):
+            # timm, which reads it once more, would let through whatever a damaged file makes its readers raise.
+            _read_checkpoint(cfg.file)
         return cfg
     path, sha256, downloaded = published
     verify(path, sha256, downloaded)
@@ -278,6 +307,20 @@ def probe_images(input_size: Sequence[int]) -> torch.Tensor:
     return 2 ** 0.5 * torch.sin((2 + image) * x + (5 - 2 * image) * y + (1 + image) * channel)
 
 
+def _read_checkpoint(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No checkpoint '{path}'.")
+    try:
+        found = load_state_dict(str(path))
+    except Exception as e:  # what a damaged file raises depends on where it is damaged
+        raise ValueError(f"'{path}' is not a checkpoint that can be read ({type(e).__name__}).") from e
+    for key, value in found.items():
+        # Of what is on the device 'meta' there is nothing to copy.
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"'{path}' is not a checkpoint of weights: {key!r} is no dense tensor.")
+    return found
+
+
 def load_checkpoint(model: torch.nn.Module, path: Union[str, Path]) -> None:
     """Load a checkpoint of timm's train.py, or a safetensors file, strictly; EMA weights are taken if there are any.
 
@@ -289,12 +332,7 @@ def load_checkpoint(model: torch.nn.Module, path: Union[str, Path]) -> None:
         FileNotFoundError: There is no such file.
         ValueError: The file is no checkpoint, or it is one of another architecture.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"No checkpoint '{path}'.")
-    try:
-        found = load_state_dict(str(path))
-    except Exception as e:  # what a damaged file raises depends on where it is damaged
-        raise ValueError(f"'{path}' is not a checkpoint that can be read ({type(e).__name__}).") from e
+    found = _read_checkpoint(path)
     expected = model.state_dict()
     problems = []
     for what, keys in (

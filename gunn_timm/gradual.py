@@ -62,7 +62,8 @@ class _State:
     def pack(self, saved: torch.Tensor) -> Union[_View, torch.Tensor]:
         if saved.untyped_storage().data_ptr() == self.storage_ptr:
             return saved.size(), saved.stride(), saved.storage_offset() - self.tensor.storage_offset()
-        return saved
+        # Kept as it is, what a function saves of its own output would keep that function alive, and so itself.
+        return saved.detach()
 
     def unpack(self, packed: Union[_View, torch.Tensor]) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):

@@ -37,13 +37,35 @@ def _normalize_segment(bn: nn.Module, x: torch.Tensor, index: int, count: int) -
         statistics = bn.running_mean[segment], bn.running_var[segment]
         return F.batch_norm(x, *statistics, bn.weight[segment], bn.bias[segment], eps=bn.eps)
     tensors = {}
-    for name, tensor in (*bn.named_parameters(), *bn.named_buffers()):
-        if tensor.ndim:
-            tensors[name] = tensor[segment]
-        else:
-            # The number of batches, which all segments together are to add one to.
-            tensors[name] = tensor if index == count - 1 else tensor.clone()
+    # Not as parameters and buffers: replicas of DataParallel have theirs as plain attributes.
+    for name in ('weight', 'bias', 'running_mean', 'running_var'):
+        tensors[name] = getattr(bn, name)[segment]
+    batches = getattr(bn, 'num_batches_tracked', None)
+    if batches is not None:
+        # All segments together are to add one to it.
+        tensors['num_batches_tracked'] = batches if index == count - 1 else batches.clone()
     return functional_call(bn, tensors, (x,))
+
+
+def _objection_to_parts(block: nn.Module) -> Optional[str]:
+    """Say why a bottleneck's modules cannot be applied a segment at a time; None if they can."""
+    for conv in (block.conv1, block.conv2, block.conv3):
+        pointwise = conv is block.conv2 or getattr(conv, 'kernel_size', None) == (1, 1) and conv.groups == 1
+        if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != 'zeros' or not pointwise:
+            return (
+                f'{" ".join(str(conv).split())} is not a plain convolution (accepted: Conv2d without bias, padded with '
+                'zeros; 1x1 and dense before and after the grouped one)')
+        if conv._forward_pre_hooks:
+            return 'a convolution has hooks that run before it (pruning or spectral_norm say), and it is not called'
+    for bn in (block.bn1, block.bn2, block.bn3):
+        if type(bn) not in _NORMS or bn.running_var is None or bn.weight is None:
+            return (
+                f'{type(bn).__name__} as a norm (accepted: {", ".join(norm.__name__ for norm in _NORMS)}, with weights '
+                'and running statistics)')
+    for act in (block.act1, block.act2):
+        if type(act) not in _ACTIVATIONS:
+            return f'{type(act).__name__} as an activation (accepted: {", ".join(a.__name__ for a in _ACTIVATIONS)})'
+    return None
 
 
 @register_notrace_module
@@ -57,10 +79,12 @@ class GradualBottleneck(nn.Module):
     In eval mode BN3_P is BN3, and that is all. In training mode the last step normalises by the batch, as it always
     does, through BN3 itself: only what segments read of each other, which their own first norm normalises again, is
     scaled by the running statistics. They are constants there; no gradient goes through them. With one segment the
-    block is the bottleneck in both modes, so a network without the order is trained as this one is.
+    block is the bottleneck in both modes, so the network that it was made from is the control of an experiment.
 
     Stochastic depth drops what the segments add to x together; what they read of each other it leaves alone. Training
-    keeps what each segment read, P times C channels. Gradient checkpointing keeps less, and as in any network with
+    keeps what each segment read and the sum it was made from, about 2 P times C channels. The convolutions are not
+    called, only their weights are used, and in eval mode so it is with the first two norms: hooks on these do not run.
+    Gradient checkpointing keeps less, and as in any network with
     BatchNorm its second call updates the statistics once more; here what segments read is then scaled by those that the
     first call left. torch.compile and torch.export take the block, torch.jit.script does not.
 
@@ -98,10 +122,6 @@ class GradualBottleneck(nn.Module):
         count = self.num_segments
         weights = []
         for conv in (self.conv1, self.conv2, self.conv3):
-            if type(conv) is not nn.Conv2d:
-                raise RuntimeError(
-                    f'The convolutions of a GradualBottleneck must be Conv2d, for parts of their weights are used; got '
-                    f'{type(conv).__name__}.')
             dim = 1 if conv is self.conv3 else 0
             size = conv.weight.shape[dim] // count
             weights.append(conv.weight.narrow(dim, index * size, size))
@@ -113,7 +133,14 @@ class GradualBottleneck(nn.Module):
         return F.conv2d(x, weights[2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, C, H, W) to (N, C, H, W); the input is not changed."""
+        """Map (N, C, H, W) to (N, C, H, W); the input is not changed.
+
+        Raises:
+            RuntimeError: A module was replaced by one that cannot be applied a segment at a time.
+        """
+        objection = _objection_to_parts(self)
+        if objection is not None:
+            raise RuntimeError(f'A GradualBottleneck applies parts of its modules, which it cannot here: {objection}.')
         bn, count = self.bn3, self.num_segments
         # Of what it was before this batch: bn changes its own at the end, which autograd would see.
         running_var = bn.running_var.clone()
@@ -132,12 +159,12 @@ class GradualBottleneck(nn.Module):
 def _objection(block: nn.Module) -> Optional[str]:
     """Say why a residual block cannot be updated gradually; None if it can."""
     if type(block) is GradualBottleneck:
-        return None
+        return _objection_to_parts(block)
     if isinstance(block, BasicBlock):
         return 'its 3x3 convolutions are dense: each output channel reads all others (needed: a grouped bottleneck)'
     if type(block) is not Bottleneck:
         return f'{type(block).__name__} is not a Bottleneck of timm.models.resnet, and may compute something else'
-    if block.conv2.groups == 1:
+    if getattr(block.conv2, 'groups', None) == 1:
         return 'its 3x3 convolution is dense (groups=1): it cannot be taken apart into paths'
     if block.stride != 1:
         return f'stride {block.stride}: what paths add has another shape than what they read'
@@ -147,18 +174,7 @@ def _objection(block: nn.Module) -> Optional[str]:
         return f'its attention ({type(block.se).__name__}) reads the channels of all paths'
     if type(block.aa) is not nn.Identity or type(block.drop_block) is not nn.Identity:
         return 'anti-aliasing or DropBlock stands between its convolutions (accepted: neither)'
-    for conv in (block.conv1, block.conv2, block.conv3):
-        if type(conv) is not nn.Conv2d or conv.bias is not None or conv.padding_mode != 'zeros':
-            return f'{conv} is not a plain convolution (accepted: Conv2d without bias, padded with zeros)'
-    for bn in (block.bn1, block.bn2, block.bn3):
-        if type(bn) not in _NORMS or bn.running_var is None or bn.weight is None:
-            return (
-                f'{type(bn).__name__} as a norm (accepted: {", ".join(norm.__name__ for norm in _NORMS)}, with weights '
-                'and running statistics)')
-    for act in (block.act1, block.act2):
-        if type(act) not in _ACTIVATIONS:
-            return f'{type(act).__name__} as an activation (accepted: {", ".join(a.__name__ for a in _ACTIVATIONS)})'
-    return None
+    return _objection_to_parts(block)
 
 
 def conversion_report(model: nn.Module) -> Dict[str, Optional[str]]:
@@ -170,7 +186,7 @@ def conversion_report(model: nn.Module) -> Dict[str, Optional[str]]:
     Returns:
         By name of the block, None if it can be updated gradually (or is already), or else why not.
     """
-    return {name: _objection(block) for name, block in model.named_modules()
+    return {name: _objection(block) for name, block in model.named_modules(remove_duplicate=False)
             if isinstance(block, (BasicBlock, Bottleneck, GradualBottleneck))}
 
 
@@ -180,7 +196,8 @@ def to_gradual(model: nn.Module, num_segments: Optional[int] = None) -> nn.Modul
     Every bottleneck of timm's ResNet that has groups, stride 1 and an identity shortcut becomes a `GradualBottleneck`;
     `conversion_report` says which these are, and what the others lack. Parameters, their names and multiplications stay
     as they are, so checkpoints of one network load into the other. What is computed does not stay: a trained network
-    must be trained on. The model is changed in place; hooks on blocks that are replaced are lost.
+    must be trained on. The model is changed in place; hooks on blocks that are replaced are lost, and those
+    on their convolutions run no more.
 
     Args:
         model: ResNeXt of timm's, or a network with one inside.
@@ -205,13 +222,14 @@ def to_gradual(model: nn.Module, num_segments: Optional[int] = None) -> nn.Modul
             f'No block of {type(model).__name__} can be updated gradually; needed are bottlenecks of '
             f'timm.models.resnet with groups, stride 1 and an identity shortcut. Found: '
             f'{reasons or "no residual block of timm.models.resnet"}.')
-    converted = {}
-    for name in names:
-        block = model.get_submodule(name)
-        converted[name] = GradualBottleneck(block, block.conv2.groups if num_segments is None else num_segments)
-    for name, block in converted.items():
+    blocks = {name: model.get_submodule(name) for name in names}
+    # One for each, also of those that have several names.
+    converted = {
+        block: GradualBottleneck(block, block.conv2.groups if num_segments is None else num_segments)
+        for block in blocks.values()}
+    for name, block in blocks.items():
         if name == '':
-            return block
+            return converted[block]
         parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, block)
+        setattr(model.get_submodule(parent), child, converted[block])
     return model

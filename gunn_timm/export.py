@@ -96,7 +96,7 @@ def _to_pt2(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, st
             "Format 'pt2' needs a C++ compiler, and none was found; install g++, or name one in the environment "
             'variable CXX.') from e
     # What updates one state is compiled to code that does so. Concatenating before every unit, which tracing would see,
-    # becomes loops whose number grows with the square of the number of segments: of gunn15 19 minutes were not enough.
+    # becomes loops whose number grows with the square of the number of segments, and minutes of compiling hours.
     for module in model.modules():
         if isinstance(module, GunnLayer):
             module.forward = functools.partial(

@@ -106,10 +106,11 @@ def _weights_dir() -> Path:
 
 
 def _read_mapping(path: Path) -> Dict[Any, Any]:
+    text = path.read_bytes()
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = yaml.safe_load(text)
     except Exception as e:  # PyYAML raises others than its own, for dates that do not exist say
-        raise ValueError(f"'{path}' is not YAML that can be read ({e}).") from e
+        raise ValueError(f"'{path}' is not YAML that can be read ({' '.join(str(e).split())}).") from e
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' must have keys and values; it has {content!r:.40}.")
     return content
@@ -275,14 +276,14 @@ def fetch_verified(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> Pretr
 
     Raises:
         FileNotFoundError: The file is missing.
-        ValueError: Its SHA-256 is not the published one. If it was downloaded, it is removed. Or it is the user's own,
-            and is no checkpoint.
+        ValueError: Its SHA-256 is not the published one; if it was downloaded, it is removed. Or the user's own file is
+            no checkpoint.
         OSError: The download failed.
     """
     published = _published_file(cfg, cache_dir)
     if published is None:
         if cfg.file and not cfg.state_dict and cfg.source not in ('hf-hub', 'local-dir'):
-            # timm, which reads it once more, would let through whatever a damaged file makes its readers raise.
+            # For a clear error only: timm, which reads it once more, lets through what a damaged file raises.
             _read_checkpoint(cfg.file)
         return cfg
     path, sha256, downloaded = published
@@ -316,7 +317,7 @@ def _read_checkpoint(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
         raise ValueError(f"'{path}' is not a checkpoint that can be read ({type(e).__name__}).") from e
     for key, value in found.items():
         # Of what is on the device 'meta' there is nothing to copy.
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise ValueError(f"'{path}' is not a checkpoint of weights: {key!r} is no dense tensor.")
     return found
 

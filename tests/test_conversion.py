@@ -16,6 +16,7 @@ from timm.layers import BatchNormAct2d, BlurPool2d, DropBlock2d, DropPath, Group
 from timm.models import FeatureListNet, create_feature_extractor
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import gunn_timm
@@ -285,16 +286,58 @@ def test_threads_share_a_network():
         assert all(torch.equal(y, expected) for y in pool.map(call, range(40)))
 
 
-def test_norms_are_called_and_convolutions_may_not_be_replaced():
-    gradual = to_gradual(create_block(), 2)
+@pytest.mark.parametrize('training', [True, False])
+def test_modules_that_are_called(training):
+    gradual = to_gradual(create_block(), 2).train(training)
     called = []
-    for name in ('bn1', 'bn2', 'bn3', 'act1', 'act2', 'act3'):
+    for name in ('conv1', 'bn1', 'bn2', 'bn3', 'act1', 'act2', 'act3'):
         getattr(gradual, name).register_forward_hook(lambda module, args, out, name=name: called.append(name))
     gradual(inputs())
-    assert called == ['bn1', 'act1', 'bn2', 'act2'] * 2 + ['bn3', 'act3']
-    gradual.conv2 = nn.Sequential(gradual.conv2)
-    with pytest.raises(RuntimeError, match='must be Conv2d, for parts of their weights are used; got Sequential'):
+    segment = ['bn1', 'act1', 'bn2', 'act2'] if training else ['act1', 'act2']
+    assert called == segment * 2 + ['bn3', 'act3']
+
+
+@pytest.mark.parametrize('name, replace, message', [
+    ('conv2', nn.Sequential, 'is not a plain convolution'),
+    ('conv1', lambda conv: nn.Conv2d(CHANNELS, 8, 3, padding=1, bias=False), '1x1 and dense before and after'),
+    ('conv3', lambda conv: prune.l1_unstructured(conv, 'weight', 0.5), 'has hooks that run before it'),
+    ('bn2', lambda bn: nn.GroupNorm(1, bn.num_features), 'GroupNorm as a norm'),
+    ('bn3', lambda bn: nn.Identity(), 'Identity as a norm'),
+    ('act1', lambda act: nn.Softmax2d(), 'Softmax2d as an activation'),
+])
+def test_modules_that_may_not_take_their_place(name, replace, message):
+    block = create_block()
+    gradual = to_gradual(copy.deepcopy(block), 2)
+    for changed in (block, gradual):
+        setattr(changed, name, replace(getattr(changed, name)))
+        assert message in conversion_report(changed)['']
+    with pytest.raises(RuntimeError, match=f'applies parts of its modules, which it cannot here: .*{message}'):
         gradual(inputs())
+
+
+def test_replicas():
+    """Those of DataParallel, whose modules have tensors as plain attributes in place of parameters."""
+    def replicate(module):
+        replica = module._replicate_for_data_parallel()
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.view_as(parameter))
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicate(child)
+        return replica
+
+    gradual = to_gradual(create_block(), 2)
+    expected = copy.deepcopy(gradual)
+    y, expected_y = replicate(gradual)(inputs()), expected(inputs())
+    assert torch.equal(y, expected_y)
+    y.sum().backward()
+    expected_y.sum().backward()
+    assert_same_gradients(gradual, expected, 0)
+
+
+def test_one_block_with_two_names():
+    block = create_block()
+    model = to_gradual(nn.ModuleDict(dict(a=nn.Sequential(block), b=nn.Sequential(block))), 2)
+    assert model['a'][0] is model['b'][0] and type(model['a'][0]) is GradualBottleneck
 
 
 def test_init_weights_starts_blocks_as_the_identity():

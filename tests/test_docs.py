@@ -1,5 +1,5 @@
 """README and docs/: what they show runs, what they name exists, and the API page is that of the code."""
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -12,7 +12,9 @@ from conftest import ROOT
 import gunn_timm
 from gunn_timm.cli import _parser
 
-PAGES = ['README.md', *(f'docs/{path.name}' for path in sorted((ROOT / 'docs').glob('*.md')))]
+PAGES = [
+    'README.md',
+    *(f'docs/{path.name}' for path in sorted((ROOT / 'docs').glob('*.md')) if path.name != 'results.template.md')]
 PRINTED = {
     'README.md': ['cat', '[400, 800, 1600, 2000] [4, 8, 16, 32]', 'torch.Size([1, 360])'],
     'docs/architecture.md': ['torch.Size([1, 10])'],
@@ -63,6 +65,13 @@ def test_bash_blocks_name_commands_that_exist(page):
         assert (ROOT / file).is_file(), file
     for line in re.findall(r'^python -m gunn_timm (.+?)(?: +#.*)?$', commands, re.MULTILINE):
         _parser().parse_args(shlex.split(line))
+
+
+def test_results_page_is_that_of_the_records():
+    spec = importlib.util.spec_from_file_location('results', ROOT / 'docs' / 'results.py')
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    assert read('docs/results.md') == results.page(), 'run `make docs`'
 
 
 def public_names():

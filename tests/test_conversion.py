@@ -402,7 +402,7 @@ def test_grad_checkpointing():
                 module.bn3.eval()
         network.load_state_dict(original.state_dict())
         network(x).square().sum().backward()
-    # The same operations on the same numbers.
+    # The same operations, whose gradients of the input may be added up in another order, in float32.
     assert_same_gradients(networks[1], networks[0], 1e-6)
 
 
@@ -470,6 +470,7 @@ def test_experiment(tmp_path, capsys):
     # The same weights and batches, and in the first step a residual branch that is nothing yet: the order comes later.
     curves = [run['curve'] for run in results['runs']]
     assert all(len(curve) == 2 for curve in curves)
+    # In float32, where the order makes small convolutions of large ones.
     losses = [curve[0]['train_loss'] for curve in curves]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
     table, printed = (tmp_path / 'out' / 'table.md').read_text(), capsys.readouterr().out

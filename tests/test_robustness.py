@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import gc
 import io
-import resource
+import mmap
 import sys
 import threading
 import warnings
@@ -278,7 +278,7 @@ def held() -> Tuple[int, int]:
     # By their types: to ask an object for its class makes some of PyTorch's warn.
     things = sum(issubclass(type(thing), (torch.Tensor, nn.Module)) for thing in gc.get_objects())
     statm = Path('/proc/self/statm')
-    return things, int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+    return things, int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
 
 
 @pytest.mark.parametrize('backward', [True, False])

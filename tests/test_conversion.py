@@ -431,7 +431,8 @@ def test_compiles_in_one_graph():
 
 def test_exports():
     gradual = to_gradual(create_block(), 2).eval()
-    exported = torch.export.export(gradual, (inputs(),))
+    # The default from PyTorch 2.7; the other one of 2.6 loses the norm's statistics.
+    exported = torch.export.export(gradual, (inputs(),), strict=False)
     torch.testing.assert_close(exported.module()(inputs()), gradual(inputs()))
 
 

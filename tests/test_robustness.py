@@ -99,9 +99,9 @@ def test_damaged_weights_are_loaded_or_refused(folder, name, data):
 
 TENSORS = st.builds(
     lambda shape, dtype: torch.zeros(shape, dtype=dtype), st.lists(st.integers(0, 3), max_size=4),
-    st.sampled_from([torch.float, torch.half, torch.double, torch.int64, torch.bool, torch.complex64, torch.uint8]))
+    st.sampled_from([torch.float, torch.half, torch.double, torch.int64, torch.bool, torch.uint8]))
 KEYS = st.one_of(
-    st.sampled_from(['stem.conv1.conv.weight', 'fc.weight', 'fc.bias', 'final_conv.bn.num_batches_tracked']),
+    st.sampled_from(['stem.conv1.conv.weight', 'fc.weight', 'fc.bias', 'final_conv.bn.running_mean']),
     st.sampled_from(['state_dict', 'model', 'module.fc.bias', '']))
 
 

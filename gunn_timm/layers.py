@@ -300,7 +300,8 @@ class GunnLayer(nn.Module):
             device_type = x.device.type
             if (
                     x.dtype == torch.float32
-                    and torch.amp.is_autocast_available(device_type)
+                    # PyTorch 2.6 cannot compile that question; what is compiled is on a device that has autocast.
+                    and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
                     and torch.is_autocast_enabled(device_type)
             ):
                 # Else each unit would keep its own low-precision copy of the whole state.

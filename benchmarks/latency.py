@@ -95,10 +95,13 @@ def _onnx(file: Path) -> Form:
     return Form(lambda images: {'images': images.numpy()}, functools.partial(session.run, None))
 
 
-def _forms(name: str, tiny: bool, folder: Path) -> Dict[str, Callable[[], Form]]:
+def _forms(
+        model: nn.Module,
+        folded: nn.Module,
+        input_size: Sequence[int],
+        folder: Path,
+) -> Dict[str, Callable[[], Form]]:
     """Name the forms, and what makes each."""
-    model, folded = subjects.create(name, tiny), subjects.create(f'{name}:folded', tiny)
-    input_size = resolve_model_data_config(model)['input_size']
 
     @functools.lru_cache(maxsize=None)
     def files() -> Dict[str, Path]:
@@ -121,14 +124,15 @@ def _forms(name: str, tiny: bool, folder: Path) -> Dict[str, Callable[[], Form]]
 
 
 def _measure(name: str, tiny: bool, batch_sizes: Sequence[int], rounds: int, folder: Path) -> List[Dict[str, Any]]:
+    model, folded = subjects.create(name, tiny), subjects.create(f'{name}:folded', tiny)
+    input_size = resolve_model_data_config(model)['input_size']
     forms, errors = {}, {}
-    for form, make in _forms(name, tiny, folder).items():
+    for form, make in _forms(model, folded, input_size, folder).items():
         print(f'preparing {form}', file=sys.stderr)
         try:
             forms[form] = make()
         except RuntimeError as e:  # no compiler, say: the others can still be measured
             errors[form] = str(e).split('\n')[0]
-    input_size = resolve_model_data_config(subjects.create(name, tiny))['input_size']
     rows = [dict(form=form, error=error) for form, error in errors.items()]
     for batch_size in batch_sizes:
         print(f'measuring batches of {batch_size}', file=sys.stderr)

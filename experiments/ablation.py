@@ -12,19 +12,15 @@ TIMM is a checkout of pytorch-image-models; DIR has the folders train/CLASS and 
 import argparse
 import csv
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import matplotlib
 import yaml
+from curves import Curve, draw_curves, spread
 
 from gunn_timm.weights import model_infos, write_file
-
-matplotlib.use('Agg')
-from matplotlib import pyplot  # noqa: E402
 
 NETWORKS = ('sunn15', 'gunn15_nores', 'gunn15')
 RECIPES = {
@@ -66,11 +62,6 @@ def _train(network: str, seed: int, recipe: Path, args: argparse.Namespace) -> L
     return curve
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f'{mean:.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
-
-
 def table(results: Dict[str, Any]) -> str:
     """Write the last epoch's test errors, in %, as Markdown, beside those of the paper.
 
@@ -81,7 +72,7 @@ def table(results: Dict[str, Any]) -> str:
     for network in NETWORKS:
         errors = [100 - run['curve'][-1]['eval_top1'] for run in results['runs'] if run['network'] == network]
         paper = model_infos()[f'{network}.cifar10'].paper_top1_err
-        lines.append(f"| {network} | {_spread(errors)} | {len(errors)} | {'-' if paper is None else paper} |")
+        lines.append(f"| {network} | {spread(errors)} | {len(errors)} | {'-' if paper is None else paper} |")
     return '\n'.join(lines)
 
 
@@ -92,22 +83,14 @@ def plot(results: Dict[str, Any], path: Path) -> None:
         results: What results.json has.
         path: PNG file to write.
     """
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained')
-    for number, network in enumerate(NETWORKS):
-        runs = [run for run in results['runs'] if run['network'] == network]
-        for index, run in enumerate(runs):
-            epochs = [row['epoch'] + 1 for row in run['curve']]
-            style = dict(color=f'C{number}', label=network if index == 0 else None)
-            axes[0].plot(epochs, [100 - row['eval_top1'] for row in run['curve']], '.-', **style)
-            axes[1].plot(epochs, [row['train_loss'] for row in run['curve']], '.-', **style)
-    axes[0].set_ylabel('test error, %')
-    axes[1].set_ylabel('training loss')
-    for axis in axes:
-        axis.set_xlabel('epoch')
-    axes[0].legend()
+    figure = draw_curves({
+        network: [
+            Curve([row['epoch'] + 1 for row in run['curve']], [100 - row['eval_top1'] for row in run['curve']],
+                  [row['train_loss'] for row in run['curve']])
+            for run in results['runs'] if run['network'] == network]
+        for network in NETWORKS})
     figure.suptitle(results['what'])
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
+from curves import Curve, draw_curves, spread
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import create_optimizer_v2
@@ -34,9 +34,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from gunn_timm import to_gradual
 from gunn_timm.conversion import GradualBottleneck
 from gunn_timm.weights import write_file
-
-matplotlib.use('Agg')
-from matplotlib import pyplot  # noqa: E402
 
 PATHS = 8
 # By what the tables call them; None is the network as timm has it.
@@ -185,11 +182,6 @@ def convert_trained(
     return errors
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.mean(values)
-    return f'{mean:.2f}' + (f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else '')
-
-
 def tables(results: Dict[str, Any]) -> str:
     """Write the last epoch's test errors, in %, as Markdown, and those around the conversion of a trained network.
 
@@ -205,13 +197,13 @@ def tables(results: Dict[str, Any]) -> str:
         size = results['networks'][network]
         lines.append(
             f"| {network} | {size['parameters']:,} | {size['macs']:,} "
-            f"| {_spread([curve[-1]['test_error'] for curve in curves])} "
-            f"| {_spread([curve[-1]['train_loss'] for curve in curves])} "
+            f"| {spread([curve[-1]['test_error'] for curve in curves])} "
+            f"| {spread([curve[-1]['train_loss'] for curve in curves])} "
             f"| {statistics.mean(row['seconds'] for curve in curves for row in curve):.1f} |")
     lines += ['', f'| trained ResNeXt, converted to {PATHS} segments | {head} |', '| --- | --- |']
     conversions = [run['conversion'] for run in results['runs'] if 'conversion' in run]
     for name in conversions[0]:
-        lines.append(f'| {name} | {_spread([errors[name] for errors in conversions])} |')
+        lines.append(f'| {name} | {spread([errors[name] for errors in conversions])} |')
     return '\n'.join(lines)
 
 
@@ -222,22 +214,14 @@ def plot(results: Dict[str, Any], path: Path) -> None:
         results: What results.json has.
         path: PNG file to write.
     """
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained')
-    for number, network in enumerate(NETWORKS):
-        curves = [run['curve'] for run in results['runs'] if run['network'] == network]
-        for index, curve in enumerate(curves):
-            for axis, key in zip(axes, ('test_error', 'train_loss')):
-                axis.plot(
-                    [row['epoch'] for row in curve], [row[key] for row in curve], '.-', color=f'C{number}',
-                    label=network if index == 0 else None)
-    axes[0].set_ylabel('test error, %')
-    axes[1].set_ylabel('training loss')
-    for axis in axes:
-        axis.set_xlabel('epoch')
-    axes[0].legend()
+    figure = draw_curves({
+        network: [
+            Curve([row['epoch'] for row in run['curve']], [row['test_error'] for row in run['curve']],
+                  [row['train_loss'] for row in run['curve']])
+            for run in results['runs'] if run['network'] == network]
+        for network in NETWORKS})
     figure.suptitle(results['what'], fontsize='small')
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _run(network: str, seed: int, train_set: _Images, test_set: _Images, epochs: int) -> Dict[str, Any]:

@@ -17,11 +17,11 @@ from timm.models import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.func import functional_call
-from torchvision.ops import FrozenBatchNorm2d
+
+from .layers import BATCH_NORMS
 
 __all__ = ['GradualBottleneck', 'conversion_report', 'to_gradual']
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 # Functions of one value each, so that a path's channels can be activated without the others'.
 _ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid,
@@ -58,10 +58,10 @@ def _objection_to_parts(block: nn.Module) -> Optional[str]:
         if conv._forward_pre_hooks:
             return 'a convolution has hooks that run before it (pruning or spectral_norm say), and it is not called'
     for bn in (block.bn1, block.bn2, block.bn3):
-        if type(bn) not in _NORMS or bn.running_var is None or bn.weight is None:
+        if type(bn) not in BATCH_NORMS or bn.running_var is None or bn.weight is None:
             return (
-                f'{type(bn).__name__} as a norm (accepted: {", ".join(norm.__name__ for norm in _NORMS)}, with weights '
-                'and running statistics)')
+                f'{type(bn).__name__} as a norm (accepted: {", ".join(norm.__name__ for norm in BATCH_NORMS)}, with '
+                'weights and running statistics)')
     for act in (block.act1, block.act2):
         if type(act) not in _ACTIVATIONS:
             return f'{type(act).__name__} as an activation (accepted: {", ".join(a.__name__ for a in _ACTIVATIONS)})'

@@ -19,6 +19,8 @@ from .gradual import gradual_update, update_in_place
 
 __all__ = ['ConvNormAct', 'Bottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
 
+# Those that are one factor and one summand a channel, by their running statistics.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 BACKENDS = ('auto', 'plain', 'in_place', 'gradual')
 
 
@@ -71,7 +73,7 @@ class ConvNormAct(nn.Module):
         one without running statistics is left as it is.
         """
         bn = self.bn
-        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)) or bn.running_mean is None:
+        if not isinstance(bn, BATCH_NORMS) or bn.running_mean is None:
             return
         self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
             self.conv.weight, self.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)

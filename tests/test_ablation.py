@@ -1,11 +1,13 @@
 """The ablation around the trainings: what it runs, what it goes on from, and what it makes of their logs."""
 import importlib.util
 import json
+import sys
 
 import pytest
 import yaml
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / 'experiments'))
 spec = importlib.util.spec_from_file_location('ablation', ROOT / 'experiments' / 'ablation.py')
 ablation = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablation)

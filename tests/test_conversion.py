@@ -447,7 +447,8 @@ def test_features():
     assert torch.equal(listed(x)[0], expected[0])
 
 
-def test_experiment(tmp_path, capsys):
+def test_experiment(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / 'experiments')
     spec = importlib.util.spec_from_file_location('conversion', ROOT / 'experiments' / 'conversion.py')
     experiment = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(experiment)

@@ -242,6 +242,20 @@ class _Surroundings:
             yield
 
 
+@contextlib.contextmanager
+def _buffers_kept(unit: nn.Module) -> Iterator[None]:
+    """Give the buffers that a call in training mode may change, BatchNorm's statistics, the values back they have now.
+
+    Others are not written to, were it what they hold: graphs of other threads may watch them for writes.
+    """
+    kept = [(b, b.clone()) for m in unit.modules() if m.training for b in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, values in kept:
+            buffer.copy_(values)
+
+
 class _GradualUpdate(torch.autograd.Function):
 
     @staticmethod
@@ -301,27 +315,25 @@ class _GradualUpdate(torch.autograd.Function):
             out_grad = out_grads[index].clone(memory_format=memory_format)
             if not ctx.residual and ordered:
                 out_grads[index].zero_()
-            if ctx.recompute:
-                params, needs_grad, surroundings = ctx.recorded[index]
-                unit = ctx.units[index]
-                # A second call in training mode would count the batch twice in BatchNorm's statistics.
-                buffers = [(buffer, buffer.clone()) for buffer in unit.buffers()]
-                with surroundings.restored():
-                    _, leaf, edge = _record_unit(unit, index, state, restored[index], needs_grad)
-            else:
-                params, leaf, edge = ctx.recorded[index]
-            found = {}
-            wanted = [t for t in (leaf, *params) if t.requires_grad]
-            if edge is not None and wanted:
-                grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
-                found = dict(zip(map(id, wanted), grads))
+            with contextlib.ExitStack() as stack:
+                if ctx.recompute:
+                    params, needs_grad, surroundings = ctx.recorded[index]
+                    unit = ctx.units[index]
+                    # A second call in training mode would count the batch twice in BatchNorm's statistics. Until the
+                    # end, for the graph watches its buffers for changes.
+                    stack.enter_context(_buffers_kept(unit))
+                    with surroundings.restored():
+                        _, leaf, edge = _record_unit(unit, index, state, restored[index], needs_grad)
+                else:
+                    params, leaf, edge = ctx.recorded[index]
+                found = {}
+                wanted = [t for t in (leaf, *params) if t.requires_grad]
+                if edge is not None and wanted:
+                    grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
+                    found = dict(zip(map(id, wanted), grads))
             if found.get(id(leaf)) is not None:
                 grad.add_(found[id(leaf)])
             param_grads[:0] = [found.get(id(p)) for p in params]
-            if ctx.recompute:
-                # Only now: the graph just used watches its buffers for changes.
-                for buffer, before in buffers:
-                    buffer.copy_(before)
         state.set(None)
         state.grad = None
         return grad if ctx.needs_input_grad[0] else None, None, None, None, None, None, *param_grads

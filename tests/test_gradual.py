@@ -1,5 +1,6 @@
 """Algorithm 1 and the in-place way equal concatenation, and Algorithm 1 needs less memory."""
 import copy
+from unittest import mock
 
 import pytest
 import timm
@@ -194,6 +195,27 @@ def test_recomputing_leaves_the_random_numbers_alone():
     torch.manual_seed(3)
     y.sum().backward()
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_recomputing_writes_to_no_buffer_in_evaluation():
+    """Other threads may use the model, and their graphs watch its statistics for writes."""
+    layer = make_layer('cifar').eval()
+    layer.grad_checkpointing = True
+    versions = [buffer._version for buffer in layer.buffers()]
+    layer(make_input()).square().sum().backward()
+    assert [buffer._version for buffer in layer.buffers()] == versions
+
+
+def test_recomputing_that_fails_leaves_the_statistics_as_they_were():
+    layer = make_layer('cifar')
+    layer.grad_checkpointing = True
+    loss = layer(make_input()).square().sum()
+    buffers = [buffer.clone() for buffer in layer.buffers()]
+    bn = layer.units[1].blocks[0].conv3.bn
+    bn.forward = mock.Mock(side_effect=RuntimeError('out of memory'))
+    with pytest.raises(RuntimeError, match='out of memory'):
+        loss.backward()
+    assert bn.forward.called and all(map(torch.equal, layer.buffers(), buffers))
 
 
 def test_autograd_grad_and_accumulation():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm.layers import UpdateUnit, compile_units
+from gunn_timm.layers import GunnLayer, compile_units
 
 __all__ = [
     'MODES', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'peak_rates', 'profile', 'step_times', 'summary',
@@ -71,7 +71,7 @@ class Workload:
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True) if train else None
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
         compiled, captured = MODES[mode]
-        if compiled == 'units' and any(isinstance(module, UpdateUnit) for module in model.modules()):
+        if compiled == 'units' and any(isinstance(module, GunnLayer) for module in model.modules()):
             compile_units(self.model)
         elif compiled:
             self.call = torch.compile(self.model)

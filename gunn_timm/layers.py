@@ -6,15 +6,14 @@ import functools
 from typing import Any, Sequence, Union
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
 from torch.nn.modules import module as nn_module
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torchvision.ops import FrozenBatchNorm2d
 
+from .folded import FoldedConv2d, FoldedUnit, update_folded
 from .gradual import gradual_update, update_in_place
 
 __all__ = ['ConvNormAct', 'Bottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
@@ -70,18 +69,15 @@ class ConvNormAct(nn.Module):
         """Fold the norm's running statistics into the convolution, for inference, whatever mode the module is in.
 
         `timm.utils.reparameterize_model` calls it. Norms that `timm.layers.freeze_batch_norm_2d` froze are folded too;
-        one without running statistics is left as it is.
+        one without running statistics is left as it is, and so is one behind another kind of convolution.
         """
-        bn = self.bn
-        if not isinstance(bn, BATCH_NORMS) or bn.running_mean is None:
+        if type(self.conv) is not nn.Conv2d or not isinstance(self.bn, BATCH_NORMS) or self.bn.running_mean is None:
             return
-        self.conv.weight, self.conv.bias = fuse_conv_bn_weights(
-            self.conv.weight, self.conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        has_relu = type(self.act) is nn.ReLU
+        self.conv = FoldedConv2d(self.conv, self.bn, has_relu)
         self.bn = nn.Identity()
-
-    def is_folded(self) -> bool:
-        """Whether all that is left is a convolution with a bias, and the activation."""
-        return type(self.conv) is nn.Conv2d and self.conv.bias is not None and type(self.bn) is nn.Identity
+        if has_relu:
+            self.act = nn.Identity()
 
 
 class Bottleneck(nn.Module):
@@ -169,37 +165,25 @@ class UpdateUnit(nn.Module):
                 out = out + block(out)
         return self.drop_path(out)
 
-    def is_folded(self) -> bool:
-        """Whether `add_to` can stand for `forward`."""
-        parts = [*self.blocks[0].children(), *([] if self.shortcut is None else [self.shortcut])]
-        return (
-            len(self.blocks) == 1 and self._compiled_call_impl is None
-            and all(type(part) is ConvNormAct and part.is_folded() for part in parts)
-            and not (self.training and isinstance(self.drop_path, DropPath)))
+    def fuse(self) -> nn.Module:
+        """Fold the norms, and return what is to stand in the unit's place, as `timm.utils.reparameterize_model` asks.
 
-    def add_to(self, segment: torch.Tensor, state: torch.Tensor) -> None:
-        """Add the output to a segment in place, within the last matrix product, once the norms are folded.
-
-        Args:
-            segment: What to add to, shape (N, H, W, out_chs), a slice of channels of a contiguous tensor.
-            state: Input of shape (N, H, W, in_chs), contiguous.
+        Returns:
+            A `FoldedUnit`, or this unit where that does not do what it does: of several blocks, with hooks, or with
+            another activation than ReLU.
         """
-        block = self.blocks[0]
-        # First, for the segment may be part of the state.
-        shortcut = None if self.shortcut is None else _pointwise(self.shortcut.conv, state)
-        hidden = block.conv1.act(_pointwise(block.conv1.conv, state).permute(0, 3, 1, 2))
-        hidden = block.conv2.act(block.conv2.conv(hidden)).permute(0, 2, 3, 1)
-        rows = segment.flatten(0, 2)
-        rows.addmm_(hidden.reshape(len(rows), -1), block.conv3.conv.weight.flatten(1).t())
-        segment.add_(block.conv3.conv.bias if shortcut is None else shortcut.add_(block.conv3.conv.bias))
-
-
-def _pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Map (N, H, W, C) to (N, H, W, out_channels)."""
-    # Measured on CPUs: a convolution puts its operands in another order, which pays where there are many rows.
-    if x[..., 0].numel() < 512:
-        return F.linear(x, conv.weight.flatten(1), conv.bias)
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        parts = [module for module in self.modules() if isinstance(module, ConvNormAct)]
+        for part in parts:
+            part.reparameterize()
+        if (
+                len(self.blocks) > 1 or _has_forward_hooks(self)
+                or not all(type(part.conv) is FoldedConv2d and type(part.act) is nn.Identity for part in parts)
+                or not all(part.conv.relu for part in parts[:2])
+        ):
+            return self
+        conv1, conv2, conv3, *shortcut = [part.conv for part in parts]
+        unit = FoldedUnit(conv1, conv2, conv3, shortcut[0] if shortcut else None, self.drop_path)
+        return unit.train(self.training)
 
 
 def _keep_all_but_concatenations(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -212,6 +196,17 @@ def _keep_all_but_concatenations(context: Any, op: Any, *args: Any, **kwargs: An
 _recompute_concatenations = functools.partial(create_selective_checkpoint_contexts, _keep_all_but_concatenations)
 # Before PyTorch 2.7 there is no telling, and the concatenations are kept.
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
+
+
+def _has_forward_hooks(module: nn.Module) -> bool:
+    # A fifth of the time that `module.modules()` takes, which with 16 modules a unit shows at batch 1.
+    found = [module]
+    while found:
+        module = found.pop()
+        if module._forward_hooks or module._forward_pre_hooks:
+            return True
+        found += [child for child in module._modules.values() if child is not None]
+    return False
 
 
 @register_notrace_module
@@ -313,7 +308,7 @@ class GunnLayer(nn.Module):
                 return gradual_update(x, self.units, self.residual, self.ordered, self.grad_checkpointing)
             if backend == 'in_place':
                 if self._can_run_folded(x):
-                    return self._forward_folded(x)
+                    return update_folded(x, self.units, self.ordered)
                 return update_in_place(x, self.units, self.residual, self.ordered)
             if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
                 if self.grad_checkpointing:
@@ -327,17 +322,9 @@ class GunnLayer(nn.Module):
             self.residual
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled(x.device.type)
-            and all(type(unit) is UpdateUnit and unit.is_folded() for unit in self.units)
+            and all(type(unit) is FoldedUnit and unit._compiled_call_impl is None for unit in self.units)
+            and not any(unit.training and isinstance(unit.drop_path, DropPath) for unit in self.units)
         )
-
-    @torch.jit.unused
-    @torch.no_grad()
-    def _forward_folded(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 2, 3, 1)
-        y = x.clone(memory_format=torch.contiguous_format)
-        for unit, segment in zip(self.units, y.chunk(self.num_segments, dim=3)):
-            unit.add_to(segment, y if self.ordered else x)
-        return y.permute(0, 3, 1, 2)
 
     def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:
         segments = list(x.chunk(self.num_segments, dim=1))
@@ -361,7 +348,7 @@ class GunnLayer(nn.Module):
             best, reason = 'plain', 'the layer is a replica'
         elif (
                 nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
-                or any(m._forward_hooks or m._forward_pre_hooks for m in self.units.modules())
+                or _has_forward_hooks(self.units)
         ):
             # The inputs that a hook may keep are the running state, which goes on changing.
             best, reason = 'plain', 'a module of a unit has hooks'
@@ -408,7 +395,7 @@ def compile_units(model: nn.Module, **kwargs: Any) -> None:
     Raises:
         ValueError: The model has no update units.
     """
-    units = [module for module in model.modules() if isinstance(module, UpdateUnit)]
+    units = [module for module in model.modules() if isinstance(module, (UpdateUnit, FoldedUnit))]
     if not units:
         raise ValueError(f'{type(model).__name__} has no update units to compile.')
     # A kind of unit may be compiled for training and inference, and for several image sizes.

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from gunn_timm.layers import GunnLayer, UpdateUnit, set_backend
+from gunn_timm.layers import GunnLayer, set_backend
 from gunn_timm.weights import model_infos, weights_records
 
 MODELS = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
@@ -317,48 +317,6 @@ def test_frozen_norms_are_folded():
     assert not any(isinstance(m, FrozenBatchNorm2d) for m in folded.modules())
     with torch.inference_mode():
         assert relative(folded(x), model(x)) <= EXACT
-
-
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn15', 'sunn18'])
-def test_folded_units_add_within_the_matrix_product(name, monkeypatch):
-    torch.compiler.reset()
-    model = create_tiny(name, drop_path_rate=0.5).double().eval().to(memory_format=torch.channels_last)
-    x = images(model).double().contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        expected = model(x)
-    folded = timm.utils.reparameterize_model(model)
-    calls = []
-    add_to = UpdateUnit.add_to
-    monkeypatch.setattr(UpdateUnit, 'add_to', lambda *args: calls.append(add_to(*args)))
-    with torch.inference_mode():
-        assert relative(folded(x), expected) <= EXACT
-        count = sum(len(stage.layer.units) for stage in folded.stages)
-        assert len(calls) == count
-        # Where it cannot be done that way it is done the other, with the same result.
-        calls.clear()
-        contiguous = copy.deepcopy(folded).to(memory_format=torch.contiguous_format)
-        assert relative(contiguous(x.contiguous()), expected) <= EXACT
-        assert relative(torch.compile(folded, fullgraph=True, backend='eager')(x), expected) <= EXACT
-        with torch.autocast('cpu', torch.bfloat16):
-            copy.deepcopy(folded).float()(x.float())
-        assert calls == []
-        handle = folded.stages[0].layer.units[0].register_forward_hook(lambda *args: None)
-        assert relative(folded(x), expected) <= EXACT
-        handle.remove()
-        assert len(calls) == count - len(folded.stages[0].layer.units)
-        calls.clear()
-        folded.train()(x)
-        # Dropping a path is the units' own work.
-        assert calls == []
-    assert relative(folded.eval()(x), expected) <= EXACT
-
-
-@pytest.mark.parametrize('act_layer', [nn.Identity, nn.SiLU])
-def test_folded_units_keep_their_activation(act_layer):
-    model = create_tiny('gunn15', act_layer=act_layer).double().eval().to(memory_format=torch.channels_last)
-    x = images(model).double()
-    with torch.inference_mode():
-        assert relative(timm.utils.reparameterize_model(model)(x), model(x)) <= EXACT
 
 
 def test_freezing_batchnorm_takes_effect():

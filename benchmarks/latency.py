@@ -58,7 +58,9 @@ class Call:
 
     @torch.inference_mode()
     def timed(self) -> float:
-        """Run it once and return its seconds."""
+        """Run it once more and return its seconds."""
+        # Not timed: what ran before keeps threads spinning for a while, and has filled the caches.
+        self.call()
         start = time.perf_counter()
         self.call()
         return time.perf_counter() - start
@@ -138,8 +140,6 @@ def _measure(name: str, tiny: bool, batch_sizes: Sequence[int], rounds: int, fol
         print(f'measuring batches of {batch_size}', file=sys.stderr)
         images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
         calls = {form: Call(made, images) for form, made in forms.items()}
-        # TorchScript profiles its first call and compiles in its second; `step_times` warms up with one more.
-        step_times(calls, 1)
         seconds = step_times(calls, rounds)
         rows.extend(
             dict(form=form, batch_size=batch_size, image_size=input_size[-1], **summary(times, batch_size))

@@ -51,8 +51,10 @@ class _PackedConv:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, *geometry, (len(x), conv.in_channels, *x.shape[2:]))
             self.settings = (*geometry, 'relu' if conv.relu else 'none', [], '')
-            # The values themselves, so that their address is not given to other ones meanwhile.
-            self.source, self.version = weight.detach(), weight._version
+            self.version = weight._version
+            # The values themselves, so that their address is not given to other ones meanwhile. Last, for other threads
+            # take what they find here to be complete.
+            self.source = weight.detach()
         self.bias = conv.bias
         return True
 

@@ -39,7 +39,8 @@ class _PackedConv:
     def update(self, conv: 'FoldedConv2d', x: torch.Tensor) -> bool:
         """Take up what the convolution has now, and return whether it can be run so on images like these."""
         weight = conv.weight
-        if not weight.is_cpu or weight.dtype != x.dtype:
+        # Some subclasses of tensors hold their values in other ways.
+        if type(weight) is not nn.Parameter or not weight.is_cpu or weight.dtype != x.dtype:
             return False
         if self.source is None or self.source.data_ptr() != weight.data_ptr() or self.version != weight._version:
             # Writes to what was made in inference mode are not counted.

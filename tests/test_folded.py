@@ -2,7 +2,7 @@
 import copy
 import io
 import pickle
-from typing import Callable, List, Optional
+from typing import Any, Callable, List, Optional
 
 import pytest
 import timm
@@ -23,7 +23,7 @@ PACKED = 'mkldnn::_convolution_pointwise'
 needs_mkldnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch without oneDNN')
 
 
-def count_packed(call: Callable[..., torch.Tensor], *args: torch.Tensor) -> int:
+def count_packed(call: Callable[..., torch.Tensor], *args: Any) -> int:
     """How many packed convolutions a call runs."""
     with torch.profiler.profile() as profile:
         call(*args)
@@ -138,6 +138,8 @@ def test_packed_only_where_it_can_be():
         for other in others:
             assert relative(other(x), expected) <= ROUNDING[torch.float32]
             assert count_packed(other, x) == 0
+        weights = {name: 2 * tensor for name, tensor in conv.state_dict().items()}
+        assert count_packed(torch.func.functional_call, conv, weights, x) == 0
         with torch.backends.mkldnn.flags(enabled=False):
             assert count_packed(conv, x) == 0
         with torch.autocast('cpu', torch.bfloat16):

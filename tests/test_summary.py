@@ -48,6 +48,13 @@ def test_shapes_and_counts_are_those_of_a_forward_pass(name, kwargs):
     assert 2 * sum(row.macs for row in rows) == counter.get_total_flops()
 
 
+def test_folded_network_reaches_as_far(tiny_name):
+    model = create_tiny(tiny_name).eval()
+    rows, folded = summarize(model), summarize(timm.utils.reparameterize_model(model))
+    assert [row._replace(parameters=0) for row in folded] == [row._replace(parameters=0) for row in rows]
+    assert sum(row.parameters for row in folded) < sum(row.parameters for row in rows)
+
+
 @variants
 def test_receptive_field_is_where_gradients_come_from(name, kwargs):
     model = create_tiny(name, **kwargs).double().eval()

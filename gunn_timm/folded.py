@@ -3,6 +3,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -42,21 +43,23 @@ class _PackedConv:
         # Some subclasses of tensors hold their values in other ways.
         if type(weight) is not nn.Parameter or not weight.is_cpu or weight.dtype != x.dtype:
             return False
+        if conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
+            return False
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         if self.source is None or self.source.data_ptr() != weight.data_ptr() or self.version != weight._version:
             # Writes to what was made in inference mode are not counted.
             if weight.is_inference():
                 return False
             if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 return False
-            geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, *geometry, (len(x), conv.in_channels, *x.shape[2:]))
-            self.settings = (*geometry, 'relu' if conv.relu else 'none', [], '')
             self.version = weight._version
             # The values themselves, so that their address is not given to other ones meanwhile. Last, for other threads
             # take what they find here to be complete.
             self.source = weight.detach()
         self.bias = conv.bias
+        self.settings = (*geometry, 'relu' if conv.relu else 'none', [], '')
         return True
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,6 +145,11 @@ class FoldedUnit(nn.Module):
         self.shortcut = shortcut
         self.drop_path = drop_path
 
+    def can_be_added(self) -> bool:
+        """Whether `update_folded` does what calling the unit does; hooks are not looked for."""
+        kinds = (FoldedConv2d, nn.Identity) if self.training else (FoldedConv2d, nn.Identity, DropPath)
+        return self._compiled_call_impl is None and all(type(module) in kinds for module in self._modules.values())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H, W); the input is not changed."""
         out = self.conv3(self.conv2(self.conv1(x)))
@@ -161,8 +169,8 @@ def update_folded(x: torch.Tensor, units: Sequence[FoldedUnit], ordered: bool = 
 
     Args:
         x: Input of shape (N, C, H, W), in channels_last format; it is not changed.
-        units: One unit a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W). Their forward is not called,
-            so they have no hooks, are not compiled, and drop no path.
+        units: One unit a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W), that `can_be_added` and has
+            no hooks, for its forward is not called.
         ordered: Let each unit read what the units before it updated; with False all of them read x.
 
     Returns:

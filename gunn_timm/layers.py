@@ -175,13 +175,14 @@ class UpdateUnit(nn.Module):
         parts = [module for module in self.modules() if isinstance(module, ConvNormAct)]
         for part in parts:
             part.reparameterize()
+        convs = [part.conv for part in parts]
         if (
                 len(self.blocks) > 1 or _has_forward_hooks(self)
                 or not all(type(part.conv) is FoldedConv2d and type(part.act) is nn.Identity for part in parts)
-                or not all(part.conv.relu for part in parts[:2])
+                or [conv.relu for conv in convs] != [True, True, False, False][:len(convs)]
         ):
             return self
-        conv1, conv2, conv3, *shortcut = [part.conv for part in parts]
+        conv1, conv2, conv3, *shortcut = convs
         unit = FoldedUnit(conv1, conv2, conv3, shortcut[0] if shortcut else None, self.drop_path)
         return unit.train(self.training)
 
@@ -323,8 +324,7 @@ class GunnLayer(nn.Module):
             self.residual
             and x.is_contiguous(memory_format=torch.channels_last)
             and not torch.is_autocast_enabled(x.device.type)
-            and all(type(unit) is FoldedUnit and unit._compiled_call_impl is None for unit in self.units)
-            and not any(unit.training and isinstance(unit.drop_path, DropPath) for unit in self.units)
+            and all(type(unit) is FoldedUnit and unit.can_be_added() for unit in self.units)
         )
 
     def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:

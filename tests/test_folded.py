@@ -79,6 +79,9 @@ CHANGES = {
     'data swapped': lambda conv: setattr(conv.weight, 'data', conv.weight + 1),
     'there and back': lambda conv: conv.bfloat16().float(),
     'format': lambda conv: conv.to(memory_format=torch.channels_last),
+    'stride': lambda conv: setattr(conv, 'stride', (2, 2)),
+    'dilation': lambda conv: vars(conv).update(dilation=(2, 2), padding=(2, 2)),
+    'activation': lambda conv: setattr(conv, 'relu', False),
 }
 
 
@@ -217,6 +220,46 @@ def test_other_units_stay_units(kwargs):
     x = torch.randn(2, 8, 5, 5).double().contiguous(memory_format=torch.channels_last)
     folded = timm.utils.reparameterize_model(layer)
     assert all(isinstance(unit, UpdateUnit) for unit in folded.units)
+    with torch.inference_mode():
+        assert relative(folded(x), layer(x)) <= EXACT
+
+
+@needs_mkldnn
+def test_other_paddings_are_not_packed():
+    module = ConvNormAct(8, 16, 3).eval().requires_grad_(False)
+    module.conv = nn.Conv2d(8, 16, 3, padding=1, padding_mode='reflect', bias=False)
+    x = input_of(module.conv)
+    with torch.no_grad():
+        expected = module(x)
+        module.reparameterize()
+        assert relative(module(x), expected) <= ROUNDING[torch.float32]
+        assert isinstance(module.conv, FoldedConv2d) and count_packed(module, x) == 0
+
+
+def test_what_is_put_into_a_folded_unit_is_called():
+    class Doubled(nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return 2 * self.conv(x)
+
+    torch.manual_seed(0)
+    layer = timm.utils.reparameterize_model(layers.GunnLayer(8, 2, shortcut=True).double().eval())
+    layer.units[1].shortcut = Doubled(layer.units[1].shortcut)
+    x = torch.randn(2, 8, 5, 5).double().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        assert relative(layer(x), layer._forward_plain(x)) <= EXACT
+
+
+def test_units_with_a_last_activation_stay_units():
+    torch.manual_seed(0)
+    layer = layers.GunnLayer(8, 2).double().eval()
+    layer.units[0].blocks[0].conv3.act = nn.ReLU()
+    x = torch.randn(2, 8, 5, 5).double().contiguous(memory_format=torch.channels_last)
+    folded = timm.utils.reparameterize_model(layer)
+    assert [type(unit) for unit in folded.units] == [UpdateUnit, FoldedUnit]
     with torch.inference_mode():
         assert relative(folded(x), layer(x)) <= EXACT
 

@@ -88,19 +88,25 @@ class _PointwiseConv(torch.autograd.Function):
         x, grad_x = ctx.state.tensor, ctx.state.grad
         # Under autocast the convolution's dtype may be another than the state's.
         grad_out, matrix = grad_out.to(x.dtype), weight.flatten(1).to(x.dtype)
+        # DDP wants a gradient strided like its parameter.
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if _is_channels_last(x):
             rows = _as_rows(grad_out)
             if ctx.needs_input_grad[0]:
                 grad_x.permute(0, 2, 3, 1).view(-1, grad_x.shape[1]).addmm_(rows, matrix)
-            grad_weight = rows.t() @ _as_rows(x) if ctx.needs_input_grad[1] else None
+            if grad_weight is not None:
+                grad_matrix = grad_weight.view(matrix.shape)
+                if weight.dtype == x.dtype:
+                    torch.mm(rows.t(), _as_rows(x), out=grad_matrix)
+                else:
+                    grad_matrix.copy_(rows.t() @ _as_rows(x))
         else:
             columns = grad_out.flatten(2)
             if ctx.needs_input_grad[0]:
                 grad_x.view(*grad_x.shape[:2], -1).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
-            grad_weight = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None:
-            # DDP wants a gradient strided like its parameter.
-            grad_weight = torch.empty_like(weight).copy_(grad_weight.view_as(weight))
+            if grad_weight is not None:
+                grad_matrix = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0)
+                grad_weight.copy_(grad_matrix.view_as(weight))
         return None, grad_weight, None
 
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .gradual import as_rows
+
 __all__ = ['FoldedConv2d', 'FoldedUnit', 'update_folded']
 
 
@@ -158,11 +160,6 @@ class FoldedUnit(nn.Module):
         return self.drop_path(out)
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Turn (N, C, H, W) in channels_last format into (N * H * W, C)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
 @torch.no_grad()
 def update_folded(x: torch.Tensor, units: Sequence[FoldedUnit], ordered: bool = True) -> torch.Tensor:
     """Run folded units one after another on one running state, each added to it within its last matrix product.
@@ -185,9 +182,9 @@ def update_folded(x: torch.Tensor, units: Sequence[FoldedUnit], ordered: bool = 
         convs = [unit.conv1, unit.conv2] + ([] if unit.shortcut is None else [unit.shortcut])
         calls = [conv._choose(x) if runs_packed else conv._forward_unpacked for conv in convs]
         parts.append((calls, unit.conv3.weight.flatten(1).t(), unit.conv3.bias))
-    for ((conv1, conv2, *shortcut), weight, bias), segment in zip(parts, _as_rows(y).chunk(len(units), dim=1)):
+    for ((conv1, conv2, *shortcut), weight, bias), segment in zip(parts, as_rows(y).chunk(len(units), dim=1)):
         hidden = conv2(conv1(state))
         # Before the segment, which may be part of the state, changes.
-        addend = _as_rows(shortcut[0](state)).add_(bias) if shortcut else bias
-        segment.addmm_(_as_rows(hidden), weight).add_(addend)
+        addend = as_rows(shortcut[0](state)).add_(bias) if shortcut else bias
+        segment.addmm_(as_rows(hidden), weight).add_(addend)
     return y

@@ -33,7 +33,7 @@ def _memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: torch.Tensor) -> torch.Tensor:
     """Turn (N, C, H, W) into (N * H * W, C), without a copy if x is in channels_last order."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -91,15 +91,15 @@ class _PointwiseConv(torch.autograd.Function):
         # DDP wants a gradient strided like its parameter.
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if _is_channels_last(x):
-            rows = _as_rows(grad_out)
+            rows = as_rows(grad_out)
             if ctx.needs_input_grad[0]:
                 grad_x.permute(0, 2, 3, 1).view(-1, grad_x.shape[1]).addmm_(rows, matrix)
             if grad_weight is not None:
                 grad_matrix = grad_weight.view(matrix.shape)
                 if weight.dtype == x.dtype:
-                    torch.mm(rows.t(), _as_rows(x), out=grad_matrix)
+                    torch.mm(rows.t(), as_rows(x), out=grad_matrix)
                 else:
-                    grad_matrix.copy_(rows.t() @ _as_rows(x))
+                    grad_matrix.copy_(rows.t() @ as_rows(x))
         else:
             columns = grad_out.flatten(2)
             if ctx.needs_input_grad[0]:

@@ -86,6 +86,9 @@ class FoldedConv2d(nn.Conv2d):
         relu: Whether ReLU follows.
     """
 
+    # TorchScript compiles the classes of attributes, used or not.
+    __jit_ignored_attributes__ = ['_packed']
+
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, relu: bool):
         # On the meta device, for the parameters are replaced at once.
         super().__init__(

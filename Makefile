@@ -24,7 +24,6 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py
 
 docs: $(VENV)/installed-docs
-	$(BIN)/griffe2md gunn_timm -o docs/api.md
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/results.py
 	$(BIN)/python -m gunn_timm summary gunn15 --plot docs/depth.png > /dev/null

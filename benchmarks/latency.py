@@ -99,7 +99,7 @@ def _onnx(file: Path) -> Form:
 
 def _forms(
         model: nn.Module,
-        folded: nn.Module,
+        fused: nn.Module,
         input_size: Sequence[int],
         folder: Path,
 ) -> Dict[str, Callable[[], Form]]:
@@ -114,9 +114,9 @@ def _forms(
 
     return {
         'eager': lambda: _eager(model),
-        'eager, folded': lambda: _eager(folded),
-        'eager, folded, bfloat16': lambda: _eager(folded, torch.bfloat16),
-        'torch.compile of the units, folded': lambda: _compiled(folded),
+        'eager, fused': lambda: _eager(fused),
+        'eager, fused, bfloat16': lambda: _eager(fused, torch.bfloat16),
+        'torch.compile of the units, fused': lambda: _compiled(fused),
         'TorchScript': lambda: _torchscript(model, folder),
         'AOTInductor': lambda: _aotinductor(model, folder),
         'ONNX Runtime': lambda: _onnx(files()['float32']),
@@ -126,10 +126,10 @@ def _forms(
 
 
 def _measure(name: str, tiny: bool, batch_sizes: Sequence[int], rounds: int, folder: Path) -> List[Dict[str, Any]]:
-    model, folded = subjects.create(name, tiny), subjects.create(f'{name}:folded', tiny)
+    model, fused = subjects.create(name, tiny), subjects.create(f'{name}:fused', tiny)
     input_size = resolve_model_data_config(model)['input_size']
     forms, errors = {}, {}
-    for form, make in _forms(model, folded, input_size, folder).items():
+    for form, make in _forms(model, fused, input_size, folder).items():
         print(f'preparing {form}', file=sys.stderr)
         try:
             forms[form] = make()

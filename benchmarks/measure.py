@@ -225,7 +225,7 @@ def gmacs(model: nn.Module, image_size: int, in_chans: int = 3) -> float:
     """Count the multiply-accumulates of one image's forward pass, in units of 1e9.
 
     Args:
-        model: Network; a form without folded norms.
+        model: Network; a form without fused norms.
         image_size: Height and width.
         in_chans: Channels of the input.
     """

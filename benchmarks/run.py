@@ -64,8 +64,8 @@ class Target(NamedTuple):
 _TRAIN_160 = Case(('gunn18', 'sunn18', 'sunn18:grouped', 'resnet101'), True, 8, 160)
 _TRAIN_32 = Case(('gunn15', 'sunn15'), True, 32, 32)
 _PEERS = ('resnet101', 'resnext101_32x4d', 'densenet161')
-_INFER_4 = Case(('gunn18', 'gunn18:folded', 'wide_gunn18:folded', *_PEERS), False, 4, 224)
-_INFER_1 = Case(('gunn18', 'gunn18:folded', *_PEERS), False, 1, 224)
+_INFER_4 = Case(('gunn18', 'gunn18:fused', 'wide_gunn18:fused', *_PEERS), False, 4, 224)
+_INFER_1 = Case(('gunn18', 'gunn18:fused', *_PEERS), False, 1, 224)
 _MEMORY = Case(('gunn18', 'gunn18:plain'), True, 8, 160, timed=False)
 _BF16 = Case(('gunn18', 'gunn18:plain', 'sunn18'), True, 8, 160, 'bfloat16', timed=False)
 
@@ -75,7 +75,7 @@ _LONG = [
     Case(('wide_gunn18', 'gunn18'), True, 4, 160),
     Case(('gunn15', 'gunn15:plain', 'sunn15'), True, 32, 32, 'bfloat16'),
     Case(('gunn24', 'sunn24'), True, 4, 32),
-    Case(('gunn15', 'gunn15:folded', 'sunn15'), False, 64, 32),
+    Case(('gunn15', 'gunn15:fused', 'sunn15'), False, 64, 32),
     Case(('gunn18',), True, 8, 160, mode='units compiled'),
     Case(('gunn15', 'sunn15'), True, 32, 32, 'bfloat16', 'units compiled'),
     Case(('gunn18',), True, 8, 160, mode='compiled'),
@@ -83,7 +83,7 @@ _LONG = [
 # Where the time goes, of what the targets compare.
 _PROFILES = [
     Case(('gunn18', 'sunn18:grouped', 'resnet101'), True, 8, 160),
-    *(Case(('gunn18', 'gunn18:folded', 'resnet101'), False, batch_size, 224) for batch_size in (4, 1)),
+    *(Case(('gunn18', 'gunn18:fused', 'resnet101'), False, batch_size, 224) for batch_size in (4, 1)),
 ]
 _TARGETS = [
     Target('time', 'gunn18', 'sunn18', _TRAIN_160, 1.15),
@@ -97,9 +97,9 @@ _TARGETS = [
     Target('memory', 'gunn18', 'gunn18:plain', _BF16, None),
     *(Target('time', name, peer, case, limit)
       for case in (_INFER_4, _INFER_1)
-      for name, limit in (('gunn18:folded', 0.95), ('gunn18', 1.05))
+      for name, limit in (('gunn18:fused', 0.95), ('gunn18', 1.05))
       for peer in _PEERS),
-    Target('time per GMAC', 'wide_gunn18:folded', 'gunn18:folded', _INFER_4, 1.),
+    Target('time per GMAC', 'wide_gunn18:fused', 'gunn18:fused', _INFER_4, 1.),
 ]
 _CUDA_LARGE = ('gunn18', 'wide_gunn18', 'sunn18', 'resnet50', 'resnet101', 'resnext50_32x4d', 'resnext101_32x4d',
                'densenet161', 'densenet201', 'dpn98')

@@ -9,7 +9,7 @@ from torch import nn
 
 import gunn_timm  # noqa: F401
 from gunn_timm.gunn import Gunn
-from gunn_timm.layers import ConvNormAct, GunnLayer, set_backend
+from gunn_timm.layers import GunnConv, GunnLayer, set_backend
 
 __all__ = ['TINY', 'create']
 
@@ -35,9 +35,9 @@ class GroupedLayer(nn.Module):
         super().__init__()
         channels, groups = layer.channels, layer.num_segments
         hidden = layer.units[0].blocks[0].conv1.conv.out_channels * groups
-        self.conv1 = ConvNormAct(channels, hidden, 1)
-        self.conv2 = ConvNormAct(hidden, hidden, 3)
-        self.conv3 = ConvNormAct(hidden, channels, 1, act=False)
+        self.conv1 = GunnConv(channels, hidden, 1)
+        self.conv2 = GunnConv(hidden, hidden, 3)
+        self.conv3 = GunnConv(hidden, channels, 1, act=False)
         self.conv2.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups, bias=False)
         self.conv3.conv = nn.Conv2d(hidden, channels, 1, groups=groups, bias=False)
 
@@ -57,11 +57,11 @@ def _plain(model: Gunn) -> Gunn:
     return model
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def _fused(model: nn.Module) -> nn.Module:
     return reparameterize_model(copy.deepcopy(model).eval())
 
 
-_FORMS: Dict[str, Callable[[Gunn], nn.Module]] = {'grouped': _grouped, 'plain': _plain, 'folded': _folded}
+_FORMS: Dict[str, Callable[[Gunn], nn.Module]] = {'grouped': _grouped, 'plain': _plain, 'fused': _fused}
 
 
 def create(name: str, tiny: bool = False) -> nn.Module:
@@ -69,7 +69,7 @@ def create(name: str, tiny: bool = False) -> nn.Module:
 
     Args:
         name: Model of timm's or ours, and for ours maybe a form after a colon: 'gunn18:plain' (concatenation),
-            'gunn18:folded' (norms folded), 'sunn18:grouped' (grouped convolutions, no projection shortcut).
+            'gunn18:fused' (norms fused), 'sunn18:grouped' (grouped convolutions, no projection shortcut).
         tiny: Shrink our networks, and take timm's test_resnet for a peer.
 
     Returns:

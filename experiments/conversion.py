@@ -24,6 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from curves import Curve, draw_curves, spread
+from gradual_resnext import GradualBottleneck, to_gradual
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models.resnet import Bottleneck, ResNet
 from timm.optim import create_optimizer_v2
@@ -31,8 +32,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm import to_gradual
-from gunn_timm.conversion import GradualBottleneck
 from gunn_timm.weights import write_file
 
 PATHS = 8

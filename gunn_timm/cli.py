@@ -5,16 +5,13 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
-import safetensors.torch
-
 from .cam import save_cams
 from .export import FORMATS, ONNX_OPSET, check_export, export_model
 from .hub import model_card, publish
 from .inference import create_model, predict, read_image
 from .launch import run_script
 from .summary import format_summary, plot_depth, summarize
-from .torch7 import convert_torch7
-from .weights import WeightsRecord, find_record, load_checkpoint, model_infos, weights_records, write_file
+from .weights import WeightsRecord, find_record, load_checkpoint, model_infos, weights_records
 
 __all__ = ['main', 'models_table']
 
@@ -129,12 +126,6 @@ def _export(args: argparse.Namespace) -> None:
         print(f'largest relative difference from eager: {check_export(model, args.out, args.format):.1e}')
 
 
-def _convert_torch7(args: argparse.Namespace) -> None:
-    state = convert_torch7(args.file, args.model)
-    write_file(args.out, safetensors.torch.save(state, metadata={'format': 'pt'}))
-    print(f"{args.out}: {args.model} with {len(state['fc.bias'])} classes")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='python -m gunn_timm', description='GUNN models for timm.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -183,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(function=_publish)
 
     command = commands.add_parser(
-        'export', help='write a model to a file for deployment, norms folded, for batches and images of any size',
+        'export', help='write a model to a file for deployment, norms fused, for batches and images of any size',
         description="ONNX needs pip install '.[export]', pt2 (AOTInductor) a C++ compiler.")
     command.add_argument('model', metavar='MODEL', help="model, as timm names it, 'gunn15' say")
     command.add_argument('--format', required=True, choices=FORMATS)
@@ -192,14 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--num-classes', type=int, metavar='N', help="classes of the checkpoint, if not the model's")
     command.add_argument('--check', action='store_true', help='run the file in its own runtime and compare')
     command.set_defaults(function=_export)
-
-    command = commands.add_parser(
-        'convert-torch7', help="turn a network that the authors' Torch7 code saved into weights of ours",
-        description="Written after that code; no file that it saved was at hand to try this on.")
-    command.add_argument('file', metavar='FILE', help="what the code saved, 'model_best.t7' say")
-    command.add_argument('--model', required=True, metavar='NAME', help="'gunn15', 'gunn18' or 'wide_gunn18'")
-    command.add_argument('--out', required=True, metavar='FILE', help='safetensors file to write')
-    command.set_defaults(function=_convert_torch7)
 
     command = commands.add_parser(
         'run', help="run one of timm's scripts, train.py say, with the models registered",

@@ -13,7 +13,6 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 
-from .gradual import update_in_place
 from .layers import GunnLayer
 from .weights import probe_images, write_file
 
@@ -86,6 +85,14 @@ def _to_onnx(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, s
     return proto.SerializeToString()
 
 
+def _update_in_place(layer: GunnLayer, x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    for unit, segment in zip(layer.units, y.chunk(layer.num_segments, dim=1)):
+        out = unit(y if layer.ordered else x)
+        segment.copy_(segment + out if layer.residual else out)
+    return y
+
+
 def _to_pt2(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, str]) -> bytes:
     # Imported here because it takes seconds.
     from torch._inductor import aoti_compile_and_package, cpp_builder
@@ -99,8 +106,7 @@ def _to_pt2(model: torch.nn.Module, images: torch.Tensor, metadata: Dict[str, st
     # becomes loops whose number grows with the square of the number of segments, and minutes of compiling hours.
     for module in model.modules():
         if isinstance(module, GunnLayer):
-            module.forward = functools.partial(
-                update_in_place, units=module.units, residual=module.residual, ordered=module.ordered)
+            module.forward = functools.partial(_update_in_place, module)
     with tempfile.TemporaryDirectory() as folder:
         return Path(aoti_compile_and_package(
             _program(model, images), package_path=f'{folder}/model.pt2',
@@ -129,7 +135,7 @@ def _check_format(format: str, path: Union[str, Path]) -> None:
 def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) -> None:
     """Write a model to a file for deployment, for batches and images of any size.
 
-    The norms are folded into the convolutions. The input is 'images', shape (N, C, H, W), normalised, and for a pt2
+    The norms are fused into the convolutions. The input is 'images', shape (N, C, H, W), normalised, and for a pt2
     package contiguous, which it does not check: of channels_last it computes something else. The output is 'output',
     shape (N, num_classes), or (N, num_features) without a classifier. The file has metadata that a deployer needs:
     architecture, description, input_size, mean, std, interpolation, crop_pct, crop_mode and, if they are known,
@@ -157,9 +163,9 @@ def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) ->
     metadata = _metadata(model)
     # Of two images: a batch of one would be taken for the only size there is.
     images = probe_images(json.loads(metadata['input_size']))[:2].to(next(model.parameters()).device)
-    # Before PyTorch 2.7 the ONNX exporter cannot translate norms that are not folded.
-    folded = reparameterize_model(model).eval().requires_grad_(False)
-    write_file(path, _WRITERS[format](folded, images, metadata))
+    # Before PyTorch 2.7 the ONNX exporter cannot translate norms that are not fused.
+    fused = reparameterize_model(model).eval().requires_grad_(False)
+    write_file(path, _WRITERS[format](fused, images, metadata))
 
 
 def _load(path: Union[str, Path], format: str) -> Callable[[torch.Tensor], torch.Tensor]:

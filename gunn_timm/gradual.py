@@ -1,377 +1,200 @@
 """Algorithm 1 of the GUNN paper: a gradually updated layer that trains in the memory of an unordered one.
 
-A gradually updated layer feeds every update unit the state left by the units before it. Left to autograd, each of the
-P units keeps its own copy of that state for backward, P times N channels in all. The states differ from each other only
-in which segments are updated already, so the layer's input and output hold all of them: `gradual_update` saves those
-two and puts the states back, last segment first, while it differentiates unit after unit. No unit is computed twice,
-unless that is asked for (`recompute`) to do without what the units themselves keep.
+Each of the P update units reads the state left by the units before it. Autograd would keep that state P times. But the
+states differ only in which segments are updated already, so the layer's input x and output y hold all of them: the last
+`_Update` saves x and y, and in backward each `_Update` puts the old value of its segment back.
 
-The P gradients of the state are as large as the state itself. Pointwise convolutions of the state, which is how a unit
-of the paper reads it, add theirs to one buffer inside their matrix product, so none of them is ever written out.
+`_ReadOthers` and `_ReadOwn` are the pointwise convolutions of the state that a unit begins with. They save weights
+only, and add the state's gradient to the layer's one buffer instead of returning it. Units are read for in blocks: one
+product reads the channels that no unit of the block updates, and each unit adds its own product of the others.
 
-This file knows of tensors and modules only, of neither images nor models.
+The engine differentiates a node when all nodes that use its output are done. So when it comes to a read, the updates
+behind it are undone, and the state is the one that was read. Everything else in a unit is plain autograd.
 """
-import contextlib
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+from itertools import accumulate, islice
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-__all__ = ['gradual_update', 'update_in_place']
+from ._torch import is_batched
 
-_View = Tuple[torch.Size, Tuple[int, ...], int]
+__all__ = ['gradual_update']
 
 
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """View (N, C, H, W) in channels_last format as (N * H * W, C)."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+def _refuse_all_but_first_derivatives(grad: torch.Tensor) -> None:
+    # Backward runs with gradients enabled under create_graph=True only.
+    if torch.is_grad_enabled() or is_batched(grad):
+        raise RuntimeError(
+            "Algorithm 1 is differentiable once, by one gradient at a time. For create_graph=True or "
+            "is_grads_batched=True run the layers by concatenation: gunn_timm.layers.set_backend(model, 'plain').")
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Turn (N, C, H, W) into (N * H * W, C), without a copy if x is in channels_last order."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+class _Shared:
+    """What the functions of one call of a layer share while backward runs: the state as it was, and its gradient."""
+    nodes = left = 0
+
+    def register(self, ctx: Any) -> None:
+        """Count a function that backward will come to."""
+        ctx.shared = self
+        self.nodes += any(ctx.needs_input_grad)
+
+    def start(self, x: torch.Tensor, y: torch.Tensor, grad: torch.Tensor) -> None:
+        """Begin backward at the layer's output."""
+        self.left = self.nodes
+        self.x, self.state = x, y.clone(memory_format=torch.channels_last)
+        # In the state's format, not in the one that the gradient comes in.
+        self.grad = torch.empty_like(self.state).copy_(grad)
+
+    def finish_one(self) -> None:
+        """Free everything after the last function."""
+        self.left -= 1
+        if not self.left:
+            del self.x, self.state, self.grad
 
 
-class _State:
-    """The running state of one layer, which its units read, and in backward the gradient of that state."""
+class _Block:
+    """Channels that a block of units updates, rows of its weights in their concatenation, and gradient of that."""
+    needs_weight_grad, weight_grad = False, None
 
-    def __init__(self, tensor: torch.Tensor):
-        self.size, self.stride = tensor.size(), tensor.stride()
-        self.grad: Optional[torch.Tensor] = None
-        self.set(tensor)
-
-    def set(self, tensor: Optional[torch.Tensor]) -> None:
-        self.tensor = tensor
-        if tensor is not None:
-            self.storage_ptr = tensor.untyped_storage().data_ptr()
-
-    def restore(self, saved: torch.Tensor, copy: bool) -> None:
-        """Take up a saved tensor, in the layout of old: hooks of the user's may have saved it in another."""
-        if copy or saved.stride() != self.stride:
-            dense = torch.empty_strided(self.size, self.stride, dtype=saved.dtype, device=saved.device)
-            saved = dense.copy_(saved)
-        self.set(saved)
-
-    # As saved-tensor hooks these two keep a view's place in the state instead of the state.
-    def pack(self, saved: torch.Tensor) -> Union[_View, torch.Tensor]:
-        if saved.untyped_storage().data_ptr() == self.storage_ptr:
-            return saved.size(), saved.stride(), saved.storage_offset() - self.tensor.storage_offset()
-        # Kept as it is, what a function saves of its own output would keep that function alive, and so itself.
-        return saved.detach()
-
-    def unpack(self, packed: Union[_View, torch.Tensor]) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        size, stride, offset = packed
-        return self.tensor.as_strided(size, stride, self.tensor.storage_offset() + offset)
+    def __init__(self, first: int, last: int, rows: Sequence[slice]):
+        self.own, self.others, self.rows = slice(first, last), (slice(0, first), slice(last, None)), rows
 
 
-class _PointwiseConv(torch.autograd.Function):
-    """1x1 convolution of the state that adds the state's gradient to the layer's buffer, not to its input's."""
+class _ReadOthers(torch.autograd.Function):
+    """Multiply the channels that the block leaves alone with its weights; outputs have shape (N * H * W, out)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: _State) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        ctx.state = state
-        return F.conv2d(x, weight)
+    def forward(ctx: Any, state: torch.Tensor, shared: _Shared, block: _Block, bias: Optional[torch.Tensor],
+                *weights: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        shared.register(ctx)
+        ctx.save_for_backward(*weights)
+        ctx.block, block.needs_weight_grad = block, any(ctx.needs_input_grad[4:])
+        weight, rows = torch.cat(weights), _rows(state)
+        left, right = ((rows[:, columns], weight[:, columns].t()) for columns in block.others)
+        product = torch.mm(*left) if bias is None else torch.addmm(bias, *left)
+        product.addmm_(*right)
+        return tuple(product[:, columns] for columns in block.rows)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> Tuple[None, Optional[torch.Tensor], None]:
-        weight, = ctx.saved_tensors
-        x, grad_x = ctx.state.tensor, ctx.state.grad
-        # Under autocast the convolution's dtype may be another than the state's.
-        grad_out, matrix = grad_out.to(x.dtype), weight.flatten(1).to(x.dtype)
-        # DDP wants a gradient strided like its parameter.
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        if _is_channels_last(x):
-            rows = as_rows(grad_out)
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
+        _refuse_all_but_first_derivatives(grads[0])
+        block, shared, weights, grad = ctx.block, ctx.shared, ctx.saved_tensors, torch.cat(grads, dim=1)
+        weight_grads: List[Optional[torch.Tensor]] = [None] * len(weights)
+        if ctx.needs_input_grad[0]:
+            weight = torch.cat(weights)
+            for columns in block.others:
+                _rows(shared.grad)[:, columns].addmm_(grad, weight[:, columns])
+        if block.needs_weight_grad:
+            for columns in block.others:
+                torch.mm(grad.t(), _rows(shared.state)[:, columns], out=block.weight_grad[:, columns])
+            weight_grads = [block.weight_grad[rows] for rows in block.rows]
+        block.weight_grad = None
+        shared.finish_one()
+        return None, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None, *weight_grads
+
+
+class _ReadOwn(torch.autograd.Function):
+    """Add the product of the channels that the block updates, as they are now; outputs have shape (N, out, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, state: torch.Tensor, shared: _Shared, block: _Block, rows: Sequence[slice],
+                weights: Sequence[torch.Tensor], *parts: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        shared.register(ctx)
+        ctx.block, ctx.rows = block, rows
+        ctx.save_for_backward(*weights)
+        outs = []
+        for weight, part in zip(weights, parts):
+            shape, like = (len(state), len(weight), *state.shape[2:]), dict(dtype=state.dtype, device=state.device)
+            outs.append(torch.empty(shape, memory_format=torch.channels_last, **like))
+            torch.addmm(part, _rows(state)[:, block.own], weight[:, block.own].t(), out=_rows(outs[-1]))
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
+        _refuse_all_but_first_derivatives(grads[0])
+        block, shared, own = ctx.block, ctx.shared, ctx.block.own
+        # What comes behind may give its gradient another format.
+        part_grads = [_rows(grad.contiguous(memory_format=torch.channels_last)) for grad in grads]
+        if block.needs_weight_grad and block.weight_grad is None:
+            block.weight_grad = part_grads[0].new_empty(block.rows[-1].stop, shared.state.shape[1])
+            # What a unit drops has no gradient, and this function is not called for it.
+            block.weight_grad[:, own].zero_()
+        for weight, rows, grad in zip(ctx.saved_tensors, ctx.rows, part_grads):
+            if block.needs_weight_grad:
+                torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[rows, own])
             if ctx.needs_input_grad[0]:
-                grad_x.permute(0, 2, 3, 1).view(-1, grad_x.shape[1]).addmm_(rows, matrix)
-            if grad_weight is not None:
-                grad_matrix = grad_weight.view(matrix.shape)
-                if weight.dtype == x.dtype:
-                    torch.mm(rows.t(), as_rows(x), out=grad_matrix)
-                else:
-                    grad_matrix.copy_(rows.t() @ as_rows(x))
-        else:
-            columns = grad_out.flatten(2)
-            if ctx.needs_input_grad[0]:
-                grad_x.view(*grad_x.shape[:2], -1).baddbmm_(matrix.t().expand(len(x), -1, -1), columns)
-            if grad_weight is not None:
-                grad_matrix = torch.bmm(columns, x.flatten(2).transpose(1, 2)).sum(0)
-                grad_weight.copy_(grad_matrix.view_as(weight))
-        return None, grad_weight, None
+                _rows(shared.grad)[:, own].addmm_(grad, weight[:, own])
+        shared.finish_one()
+        return None, None, None, None, None, *part_grads
 
 
-class _StateView(torch.Tensor):
-    """What a unit is given as its input: a tensor like any other, whose pointwise convolutions are `_PointwiseConv`."""
-    leaf: torch.Tensor
-    state: _State
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is F.conv2d and len(args) == 7 and not kwargs and set(types) == {cls} and isinstance(args[0], cls):
-            x, weight, bias, stride, padding, _, groups = args
-            if bias is None and stride == (1, 1) and padding == (0, 0) and groups == 1 and weight.shape[2:] == (1, 1):
-                return _PointwiseConv.apply(x.leaf, weight, x.state)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-def _call_unit(
-        unit: nn.Module,
-        index: int,
-        x: torch.Tensor,
-        state: torch.Tensor,
-        segment: torch.Tensor,
-) -> torch.Tensor:
-    version = None if state.is_inference() else state._version
-    try:
-        out = unit(x)
-    except RuntimeError as e:
-        if 'in-place operation' not in str(e):
-            raise
-        raise ValueError(f'The unit of segment {index} changed its input in place; it may only read it.') from e
-    if out.shape != segment.shape:
-        raise ValueError(
-            f'The unit of segment {index} returned shape {tuple(out.shape)}; '
-            f'the segment it updates has shape {tuple(segment.shape)}.')
-    if version is not None and state._version != version:
-        raise ValueError(f'The unit of segment {index} changed its input in place; it may only read it.')
-    return out
-
-
-def _segments(x: torch.Tensor, count: int) -> Tuple[torch.Tensor, ...]:
-    if x.shape[1] % count:
-        raise ValueError(f'{x.shape[1]} channels cannot be cut into {count} segments of one size.')
-    return x.chunk(count, dim=1)
-
-
-def _update_segment(segment: torch.Tensor, out: torch.Tensor, residual: bool) -> None:
-    if residual:
-        segment.add_(out)
-    else:
-        segment.copy_(out)
-
-
-@torch.no_grad()
-def update_in_place(
-        x: torch.Tensor,
-        units: Sequence[nn.Module],
-        residual: bool = True,
-        ordered: bool = True,
-) -> torch.Tensor:
-    """Run the units one after another on one running state, for use where no gradient is wanted.
-
-    Args:
-        x: Input of shape (N, C, H, W); it is not changed.
-        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W).
-        residual: Add a unit's output to its segment's old value instead of replacing it.
-        ordered: Let each unit read what the units before it updated; with False all of them read x.
-
-    Returns:
-        Output of shape (N, C, H, W).
-
-    Raises:
-        ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
-            unit changes its input in place.
-    """
-    y = x.clone(memory_format=_memory_format(x))
-    state = y if ordered else x
-    for index, (unit, segment) in enumerate(zip(units, _segments(y, len(units)))):
-        _update_segment(segment, _call_unit(unit, index, state, state, segment), residual)
-    return y
-
-
-def _record_unit(
-        unit: nn.Module,
-        index: int,
-        state: _State,
-        segment: torch.Tensor,
-        needs_grad: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, Optional[GradientEdge]]:
-    """Call a unit on the state and return its output, the leaf its gradient of the state goes to, and its graph."""
-    leaf = state.tensor.detach().requires_grad_(needs_grad)
-    pack, unpack = state.pack, state.unpack
-    is_compiled = unit._compiled_call_impl is not None
-    if is_compiled:
-        # Else they would be compiled too.
-        pack, unpack = torch.compiler.disable(pack), torch.compiler.disable(unpack)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        seen = leaf
-        # What is compiled knows no subclasses.
-        if not is_compiled:
-            seen = leaf.as_subclass(_StateView)
-            seen.leaf, seen.state = leaf, state
-        out = _call_unit(unit, index, seen, state.tensor, segment)
-        # A view's edge keeps the graph alive even where the output comes from an autograd.Function; in PyTorch 2.6 the
-        # output's own does not.
-        edge = get_gradient_edge(out.view_as(out)) if out.requires_grad else None
-    # The edge stands for the output, whose values are not needed any more: they go into the state.
-    return out.detach(), leaf, edge
-
-
-class _Surroundings:
-    """What a call of a unit depends on beside its input: random numbers, autocast, parameters, mode."""
-
-    def __init__(self, x: torch.Tensor, unit: nn.Module, params: Sequence[torch.Tensor]):
-        self.unit, self.params, self.training = unit, params, [m.training for m in unit.modules()]
-        self.device = x.device
-        self.autocast = (torch.get_autocast_dtype(x.device.type), torch.is_autocast_enabled(x.device.type))
-        self.cpu_rng = torch.get_rng_state()
-        self.device_rng = None
-        if self.device.type != 'cpu':
-            self.device_rng = torch.get_device_module(self.device).get_rng_state(self.device)
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        modes = [m.training for m in self.unit.modules()]
-        if modes != self.training or any(p is not q for p, q in zip(self.unit.parameters(), self.params)):
-            raise RuntimeError(
-                'Gradient checkpointing calls the units again in backward; their mode and parameters must be what they '
-                'were in forward.')
-        dtype, enabled = self.autocast
-        devices = [] if self.device_rng is None else [self.device]
-        # No cache: forward filled it, without gradients, with the casts of the very parameters that now want theirs.
-        with torch.random.fork_rng(devices, device_type=self.device.type if devices else 'cuda'), \
-                torch.autocast(self.device.type, dtype, enabled=enabled, cache_enabled=False):
-            torch.set_rng_state(self.cpu_rng)
-            if devices:
-                torch.get_device_module(self.device).set_rng_state(self.device_rng, self.device)
-            yield
-
-
-@contextlib.contextmanager
-def _buffers_kept(unit: nn.Module) -> Iterator[None]:
-    """Give the buffers that a call in training mode may change, BatchNorm's statistics, the values back they have now.
-
-    Others are not written to, were it what they hold: graphs of other threads may watch them for writes.
-    """
-    kept = [(b, b.clone()) for m in unit.modules() if m.training for b in m.buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for buffer, values in kept:
-            buffer.copy_(values)
-
-
-class _GradualUpdate(torch.autograd.Function):
+class _Update(torch.autograd.Function):
+    """Add a unit's output to its segment of the state, or put it there."""
 
     @staticmethod
-    def forward(
-            ctx: Any,
-            x: torch.Tensor,
-            units: Sequence[nn.Module],
-            # Kept, for in backward a module may hold others: `torch.func.functional_call` lends it some for forward.
-            unit_params: Sequence[Sequence[torch.Tensor]],
-            residual: bool,
-            ordered: bool,
-            recompute: bool,
-            # Inputs of this function so that the engine, and with it DDP, sees their gradients arrive.
-            *params: torch.Tensor,
-    ) -> torch.Tensor:
-        y = x.clone(memory_format=_memory_format(x))
-        state = _State(y if ordered else x)
-        needs_grad = ctx.needs_input_grad[0]
-        recorded: List[Any] = []
-        for index, (unit, own, segment) in enumerate(zip(units, unit_params, _segments(y, len(units)))):
-            if recompute:
-                recorded.append((own, needs_grad, _Surroundings(x, unit, own)))
-                out = _call_unit(unit, index, state.tensor, state.tensor, segment)
-            else:
-                out, leaf, edge = _record_unit(unit, index, state, segment, needs_grad)
-                recorded.append((own, leaf, edge))
-            _update_segment(segment, out, residual)
-            needs_grad = needs_grad or ordered and any(p.requires_grad for p in own)
-        # The state is x and y from here on: these are watched for changes by the engine and freed by it.
-        state.set(None)
-        ctx.save_for_backward(x, y if ordered else None)
-        ctx.state, ctx.units, ctx.residual, ctx.recompute, ctx.recorded = state, units, residual, recompute, recorded
-        return y
+    def forward(ctx: Any, state: torch.Tensor, out: torch.Tensor, shared: _Shared, segment: slice, residual: bool,
+                x: Optional[torch.Tensor]) -> torch.Tensor:
+        shared.register(ctx)
+        ctx.segment, ctx.residual = segment, residual
+        (torch.Tensor.add_ if residual else torch.Tensor.copy_)(state[:, segment], out)
+        ctx.mark_dirty(state)
+        if x is not None:
+            ctx.save_for_backward(x, state)
+        return state
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        x, y = ctx.saved_tensors
-        ordered = y is not None
-        state, count = ctx.state, len(ctx.units)
-        state.restore(y if ordered else x, copy=ordered)
-        # Laid out as the state is, which what adds to it relies on, not as the gradient happens to come.
-        memory_format = _memory_format(state.tensor)
-        grad = torch.empty_like(state.tensor, memory_format=memory_format).copy_(grad_y)
-        # Unordered units all read x, so what they add must not reach the output's gradient of an earlier unit.
-        out_grads = _segments(grad if ordered else grad.clone(), count)
-        old, restored = _segments(x, count), _segments(state.tensor, count)
-        state.grad = grad
-        if not ctx.residual and not ordered:
-            grad.zero_()
-        retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-        param_grads: List[Optional[torch.Tensor]] = []
-        for index in reversed(range(count)):
-            if ordered:
-                restored[index].copy_(old[index])
-            # A copy: it must outlive what is added below, and kernels would each make their own of a strided slice.
-            out_grad = out_grads[index].clone(memory_format=memory_format)
-            if not ctx.residual and ordered:
-                out_grads[index].zero_()
-            with contextlib.ExitStack() as stack:
-                if ctx.recompute:
-                    params, needs_grad, surroundings = ctx.recorded[index]
-                    unit = ctx.units[index]
-                    # A second call in training mode would count the batch twice in BatchNorm's statistics. Until the
-                    # end, for the graph watches its buffers for changes.
-                    stack.enter_context(_buffers_kept(unit))
-                    with surroundings.restored():
-                        _, leaf, edge = _record_unit(unit, index, state, restored[index], needs_grad)
-                else:
-                    params, leaf, edge = ctx.recorded[index]
-                found = {}
-                wanted = [t for t in (leaf, *params) if t.requires_grad]
-                if edge is not None and wanted:
-                    grads = torch.autograd.grad(edge, wanted, out_grad, retain_graph=retain_graph, allow_unused=True)
-                    found = dict(zip(map(id, wanted), grads))
-            if found.get(id(leaf)) is not None:
-                grad.add_(found[id(leaf)])
-            param_grads[:0] = [found.get(id(p)) for p in params]
-        state.set(None)
-        state.grad = None
-        return grad if ctx.needs_input_grad[0] else None, None, None, None, None, None, *param_grads
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
+        _refuse_all_but_first_derivatives(grad)
+        shared, segment, saved = ctx.shared, ctx.segment, ctx.saved_tensors
+        if saved:
+            shared.start(*saved, grad)
+        shared.state[:, segment].copy_(shared.x[:, segment])
+        state_grad = shared.grad
+        # A copy, for what is read of the segment adds to its gradient.
+        out_grad = state_grad[:, segment].clone(memory_format=torch.channels_last)
+        if not ctx.residual:
+            state_grad[:, segment].zero_()
+        shared.finish_one()
+        return state_grad, out_grad, None, None, None, None
 
 
 def gradual_update(
         x: torch.Tensor,
-        units: Sequence[nn.Module],
+        weights: Sequence[Sequence[torch.Tensor]],
+        biases: Sequence[Sequence[torch.Tensor]],
+        functions: Sequence[Callable[..., torch.Tensor]],
         residual: bool = True,
-        ordered: bool = True,
-        recompute: bool = False,
+        block_size: int = 4,
 ) -> torch.Tensor:
-    """Run the units one after another on one running state, differentiably, keeping 2C channels beside the units' own.
-
-    Gradients, BatchNorm statistics and outputs are those of concatenating the updated and the old segments before every
-    unit (Algorithm 1 of the paper). Differentiable once; a second derivative raises PyTorch's error.
+    """Run update units one after another on one running state (Algorithm 1), keeping 2C channels for it in training.
 
     Args:
         x: Input of shape (N, C, H, W); it is not changed.
-        units: One module a segment, each mapping (N, C, H, W) to (N, C / len(units), H, W).
+        weights: For each unit those of the pointwise convolutions that it begins with, of shape (out, C) and x's dtype.
+        biases: For each unit theirs; all or none have one.
+        functions: For each unit what maps their outputs, one argument each, to (N, C / len(functions), H, W).
         residual: Add a unit's output to its segment's old value instead of replacing it.
-        ordered: Let each unit read what the units before it updated; with False all of them read x.
-        recompute: Keep nothing but 2C channels, and call each unit once more in backward. Random numbers are drawn, and
-            BatchNorm statistics updated, as if it had been called once.
+        block_size: Units to read for together.
 
     Returns:
-        Output of shape (N, C, H, W).
-
-    Raises:
-        ValueError: C is not a multiple of the number of units, a unit returns another shape than its segment's, or a
-            unit changes its input in place.
+        Output of shape (N, C, H, W), in channels_last format.
     """
-    unit_params = [list(unit.parameters()) for unit in units]
-    params = [p for own in unit_params for p in own]
-    return _GradualUpdate.apply(x, units, unit_params, residual, ordered, recompute, *params)
+    size = x.shape[1] // len(functions)
+    state, shared = x.clone(memory_format=torch.channels_last), _Shared()
+    for first in range(0, len(functions), block_size):
+        units = range(first, min(first + block_size, len(functions)))
+        read, bias = ([tensor for index in units for tensor in tensors[index]] for tensors in (weights, biases))
+        stops = list(accumulate(map(len, read), initial=0))
+        block = _Block(size * first, size * units.stop, [slice(*ends) for ends in zip(stops, stops[1:])])
+        parts = zip(block.rows, _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read))
+        for index in units:
+            rows, own_parts = zip(*islice(parts, len(weights[index])))
+            out = functions[index](*_ReadOwn.apply(state, shared, block, rows, weights[index], *own_parts))
+            segment, is_last = slice(size * index, size * (index + 1)), index == len(functions) - 1
+            state = _Update.apply(state, out, shared, segment, residual, x if is_last else None)
+    return state

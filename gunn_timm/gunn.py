@@ -16,6 +16,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, create_classifier, get_device_dtype
 from timm.models import (
+    FeatureListNet,
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
@@ -26,7 +27,7 @@ from timm.models import (
 from torch import nn
 
 from ._timm import feature_take_indices
-from .layers import ConvNormAct, GunnLayer
+from .layers import GunnConv, GunnLayer
 from .weights import available_weights, fetch_verified, pretrained_source
 
 __all__ = ['Gunn']
@@ -65,7 +66,7 @@ class GunnStage(nn.Module):
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         if downsample:
             pool = nn.AvgPool2d(2) if stride == 2 else AvgPool2dSame(2, stride=1)
-            conv = ConvNormAct(in_chs, out_chs, 1, **kwargs)
+            conv = GunnConv(in_chs, out_chs, 1, **kwargs)
             # The pool's name tells the order because TorchScript compiles Sequentials of the same names and types once,
             # whatever their order.
             self.downsample = nn.Sequential(OrderedDict(
@@ -77,6 +78,20 @@ class GunnStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
         return self.layer(self.downsample(x))
+
+
+def _set_grad_checkpointing(model: nn.Module, enable: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, GunnLayer):
+            module.grad_checkpointing = enable
+
+
+class GunnFeatures(FeatureListNet):
+    """timm's feature extractor, which checkpoints activations as the model does: BatchNorm counts a batch once."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in backward, see `Gunn.set_grad_checkpointing`."""
+        _set_grad_checkpointing(self, enable)
 
 
 class Gunn(nn.Module):
@@ -148,14 +163,14 @@ class Gunn(nn.Module):
         self.feature_info: List[Dict[str, Any]] = []
         if is_cifar:
             self.stem = nn.Sequential(OrderedDict([
-                ('conv1', ConvNormAct(in_chans, stem_chs, 3, **kwargs)),
-                ('conv2', ConvNormAct(stem_chs, channels[0], 1, **kwargs)),
+                ('conv1', GunnConv(in_chans, stem_chs, 3, **kwargs)),
+                ('conv2', GunnConv(stem_chs, channels[0], 1, **kwargs)),
             ]))
         else:
             self.stem = nn.Sequential(OrderedDict([
-                ('conv1', ConvNormAct(in_chans, stem_chs, 7, stride=2, **kwargs)),
+                ('conv1', GunnConv(in_chans, stem_chs, 7, stride=2, **kwargs)),
                 ('pool', nn.MaxPool2d(3, stride=2, padding=1)),
-                ('conv2', ConvNormAct(stem_chs, channels[0], 1, **kwargs)),
+                ('conv2', GunnConv(stem_chs, channels[0], 1, **kwargs)),
             ]))
             self.feature_info.append(dict(num_chs=stem_chs, reduction=2, module='stem.conv1'))
 
@@ -183,7 +198,7 @@ class Gunn(nn.Module):
             prev_chs = chs
         self.stages = nn.Sequential(*stages)
 
-        self.final_conv = ConvNormAct(prev_chs, prev_chs, 1, **kwargs) if is_cifar else nn.Identity()
+        self.final_conv = GunnConv(prev_chs, prev_chs, 1, **kwargs) if is_cifar else nn.Identity()
         self.num_features = prev_chs
         self.global_pool, self.head_drop, self.fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
@@ -219,13 +234,12 @@ class Gunn(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the units of each layer in backward instead of keeping their activations.
+        """Recompute what comes behind the first convolutions of each unit in backward instead of keeping it.
 
-        The layers do that themselves and not stage by stage, so that BatchNorm statistics are updated once a step. A
-        layer that runs by plain concatenation keeps its activations, unless it is compiled.
+        BatchNorm statistics are updated once a step. A layer that runs by concatenation keeps its activations, unless
+        it is compiled.
         """
-        for stage in self.stages:
-            stage.layer.grad_checkpointing = enable
+        _set_grad_checkpointing(self, enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -355,7 +369,7 @@ def _init_weights(module: nn.Module, name: str = '') -> None:
         nn.init.zeros_(module.bias)
     elif hasattr(module, 'reset_parameters'):
         module.reset_parameters()
-    elif isinstance(module, ConvNormAct) and getattr(module.bn, 'running_var', None) is not None:
+    elif isinstance(module, GunnConv) and getattr(module.bn, 'running_var', None) is not None:
         # What this init makes of an input of variance 1. Starting from 1 instead, the untrained network overflows in
         # eval mode: a unit reads P times as many channels as it writes, and so amplifies, P units in a row.
         module.bn.running_var.fill_(2 * module.conv.in_channels / module.conv.out_channels)
@@ -446,7 +460,7 @@ def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
         Gunn,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=tuple(range(num_maps)), flatten_sequential=True),
+        feature_cfg=dict(out_indices=tuple(range(num_maps)), flatten_sequential=True, feature_cls=GunnFeatures),
         **kwargs,
     )
 

@@ -2,28 +2,47 @@
 
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
+import contextlib
 import functools
-from typing import Any, List, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerType, create_act_layer, get_norm_layer
 from timm.models import checkpoint, register_notrace_module
 from torch import nn
-from torch.nn.modules import module as nn_module
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torchvision.ops import FrozenBatchNorm2d
 
-from .folded import FoldedConv2d, FoldedUnit, update_folded
-from .gradual import gradual_update, update_in_place
+from ._torch import (
+    is_plain_pointwise,
+    is_recorded,
+    is_transformed,
+    is_watched,
+    raise_recompile_limit,
+    runs_forward_only,
+)
+from .gradual import gradual_update
 
-__all__ = ['ConvNormAct', 'Bottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
+__all__ = ['GunnConv', 'GunnBottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
 
 # Those that are one factor and one summand a channel, by their running statistics.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-BACKENDS = ('auto', 'plain', 'in_place', 'gradual')
+BACKENDS = ('auto', 'plain', 'gradual')
 
 
-class ConvNormAct(nn.Module):
+def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """View a pointwise weight as (out, in), in a way that gives its gradient its strides, which DDP wants."""
+    return weight.flatten(1) if weight.stride(3) == 1 else weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """Compute a pointwise convolution as a matrix product; the output is in channels_last format."""
+    return F.linear(x.permute(0, 2, 3, 1), _as_matrix(weight), bias).permute(0, 3, 1, 2)
+
+
+class GunnConv(nn.Module):
     """Convolution without bias, norm, activation.
 
     The norm is a module of its own, not timm's fused BatchNormAct2d, so that tools that look for BatchNorm2d and
@@ -55,32 +74,58 @@ class ConvNormAct(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.kernel_size = kernel_size
         self.conv = nn.Conv2d(
             in_chs, out_chs, kernel_size, stride=stride, padding=dilation * (kernel_size // 2), dilation=dilation,
             bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd)
-        self.act = get_act_layer(act_layer)(inplace=True) if act else nn.Identity()
+        self.act = create_act_layer(act_layer, inplace=True) if act else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
-        return self.act(self.bn(self.conv(x)))
+        if not torch.jit.is_scripting():
+            return self.norm_act(self._convolve(x))
+        return self.norm_act(self.conv(x))
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        if (
+                self.kernel_size == 1 and is_plain_pointwise(self.conv)
+                and not (is_recorded() or is_transformed() or is_watched())
+                and type(x) is torch.Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            # oneDNN brings a convolution's weights into its own order at every call; a matrix product takes them as
+            # they are.
+            return _multiply(x, self.conv.weight, self.conv.bias)
+        return self.conv(x)
+
+    def norm_act(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply norm and activation to the convolution's output."""
+        return self.act(self.bn(x))
 
     def reparameterize(self) -> None:
-        """Fold the norm's running statistics into the convolution, for inference, whatever mode the module is in.
+        """Fuse the norm's running statistics into the convolution, for inference, whatever mode the module is in.
 
-        `timm.utils.reparameterize_model` calls it. Norms that `timm.layers.freeze_batch_norm_2d` froze are folded too;
-        one without running statistics is left as it is, and so is one behind another kind of convolution.
+        `timm.utils.reparameterize_model` calls it. Norms that `timm.layers.freeze_batch_norm_2d` froze are fused too.
+        Left as they are: norms without running statistics, and whatever has hooks, parametrizations, a class or a
+        forward of its own.
         """
-        if type(self.conv) is not nn.Conv2d or not isinstance(self.bn, BATCH_NORMS) or self.bn.running_mean is None:
+        conv, norm = self.conv, self.bn
+        if (
+                not isinstance(norm, BATCH_NORMS) or norm.running_mean is None
+                or not runs_forward_only(conv, nn.Conv2d) or not runs_forward_only(norm, type(norm))
+        ):
             return
-        has_relu = type(self.act) is nn.ReLU
-        self.conv = FoldedConv2d(self.conv, self.bn, has_relu)
-        self.bn = nn.Identity()
-        if has_relu:
-            self.act = nn.Identity()
+        # On the meta device, for the parameters are replaced at once.
+        fused = nn.Conv2d(
+            conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
+            dilation=conv.dilation, groups=conv.groups, padding_mode=conv.padding_mode, device='meta')
+        fused.weight, fused.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        self.conv, self.bn = fused.train(conv.training), nn.Identity()
 
 
-class Bottleneck(nn.Module):
+class GunnBottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions, each with a norm, the first two with an activation (paper section 5.1).
 
     Args:
@@ -106,9 +151,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         mid_chs = expansion * out_chs
-        self.conv1 = ConvNormAct(in_chs, mid_chs, 1, **kwargs)
-        self.conv2 = ConvNormAct(mid_chs, mid_chs, 3, dilation=dilation, **kwargs)
-        self.conv3 = ConvNormAct(mid_chs, out_chs, 1, act=False, **kwargs)
+        self.conv1 = GunnConv(in_chs, mid_chs, 1, **kwargs)
+        self.conv2 = GunnConv(mid_chs, mid_chs, 3, dilation=dilation, **kwargs)
+        self.conv3 = GunnConv(mid_chs, out_chs, 1, act=False, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H, W)."""
@@ -147,44 +192,56 @@ class UpdateUnit(nn.Module):
         super().__init__()
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         self.blocks = nn.ModuleList([
-            Bottleneck(in_chs if i == 0 else out_chs, out_chs, expansion, dilation, **kwargs)
+            GunnBottleneck(in_chs if i == 0 else out_chs, out_chs, expansion, dilation, **kwargs)
             for i in range(num_blocks)
         ])
-        self.shortcut = ConvNormAct(in_chs, out_chs, 1, act=False, **kwargs) if shortcut else None
+        self.shortcut = GunnConv(in_chs, out_chs, 1, act=False, **kwargs) if shortcut else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (N, in_chs, H, W) to (N, out_chs, H, W); the input is not changed."""
-        out = x
-        for i, block in enumerate(self.blocks):
-            if i == 0:
-                out = block(x)
-                if self.shortcut is not None:
-                    out = out + self.shortcut(x)
-            else:
-                out = out + block(out)
+        """Map (N, in_chs, H, W) to (N, out_chs, H, W)."""
+        out = self.blocks[0](x)
+        if self.shortcut is not None:
+            out = out + self.shortcut(x)
+        return self._finish(out)
+
+    @torch.jit.unused
+    def from_reads(self, hidden: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Compute what `forward` does, from the outputs of `reading_convs`.
+
+        Args:
+            hidden: Output of the first block's first convolution, shape (N, expansion * out_chs, H, W).
+            shortcut: Output of the shortcut's convolution, shape (N, out_chs, H, W).
+        """
+        block = self.blocks[0]
+        out = block.conv3(block.conv2(block.conv1.norm_act(hidden)))
+        if shortcut is not None:
+            out = out + self.shortcut.norm_act(shortcut)
+        return self._finish(out)
+
+    def _finish(self, out: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[1:]:
+            out = out + block(out)
         return self.drop_path(out)
 
-    def fuse(self) -> nn.Module:
-        """Fold the norms, and return what is to stand in the unit's place, as `timm.utils.reparameterize_model` asks.
+    @torch.jit.unused
+    def reading_convs(self) -> Optional[List[nn.Conv2d]]:
+        """Return the pointwise convolutions that read the unit's input, or None where a call does more than these.
 
-        Returns:
-            A `FoldedUnit`, or this unit where that does not do what it does: of several blocks, with hooks, or with
-            another activation than ReLU.
+        Their modules and those around them must be as they were made: without hooks, adapters, parametrizations or a
+        replaced forward. What comes behind them may be anything.
         """
-        parts = [module for module in self.modules() if isinstance(module, ConvNormAct)]
-        for part in parts:
-            part.reparameterize()
-        convs = [part.conv for part in parts]
-        if (
-                len(self.blocks) > 1 or _has_forward_hooks(self)
-                or not all(type(part.conv) is FoldedConv2d and type(part.act) is nn.Identity for part in parts)
-                or [conv.relu for conv in convs] != [True, True, False, False][:len(convs)]
-        ):
-            return self
-        conv1, conv2, conv3, *shortcut = convs
-        unit = FoldedUnit(conv1, conv2, conv3, shortcut[0] if shortcut else None, self.drop_path)
-        return unit.train(self.training)
+        # By the dictionaries of the modules: as attributes they take several times as long.
+        own = self._modules
+        block, shortcut = own['blocks']._modules['0'], own.get('shortcut')
+        if not runs_forward_only(self, UpdateUnit) or not runs_forward_only(block, GunnBottleneck):
+            return None
+        convs = []
+        for part in (block._modules['conv1'], shortcut) if shortcut else (block._modules['conv1'],):
+            if not runs_forward_only(part, GunnConv) or not is_plain_pointwise(part._modules['conv']):
+                return None
+            convs.append(part._modules['conv'])
+        return convs
 
 
 def _keep_all_but_concatenations(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -199,16 +256,26 @@ _recompute_concatenations = functools.partial(create_selective_checkpoint_contex
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
 
-def _modules(root: nn.Module) -> List[nn.Module]:
-    # What `root.modules()` gives, in a fifth of the time, which shows at batch 1: a layer has hundreds of them.
-    found = [root]
-    for module in found:
-        found += [child for child in module._modules.values() if child is not None]
-    return found
+@contextlib.contextmanager
+def _buffers_kept(unit: nn.Module) -> Iterator[None]:
+    """Give the buffers that a call in training mode may change, BatchNorm's statistics, the values back they have now.
+
+    Others are not written to, were it what they hold: graphs of other threads may watch them for writes.
+    """
+    kept = [(b, b.clone()) for m in unit.modules() if m.training for b in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in kept:
+                buffer.copy_(values)
 
 
-def _has_forward_hooks(root: nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in _modules(root))
+def _checkpoint(function: Callable[..., torch.Tensor], unit: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """Call a function of a unit's, and once more in backward, which leaves the unit's BatchNorm statistics alone."""
+    return checkpoint(
+        function, unit, *inputs, use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _buffers_kept(unit)))
 
 
 @register_notrace_module
@@ -216,8 +283,9 @@ class GunnLayer(nn.Module):
     """A convolutional layer whose channels are updated segment by segment (paper Algorithm 1).
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
-    There are three ways to run that, all with the same result: concatenating before every unit (what tracing,
-    scripting, exporting, compiling and hooks see), updating one state in place (no gradient wanted), and Algorithm 1.
+    Two ways to run that have the same result: Algorithm 1 on one running state, in training and inference, and
+    concatenating before every unit, where more is asked of the layer than values and first derivatives (`set_backend`).
+    The unordered baseline needs neither.
 
     Args:
         channels: Channels of the layer, N of the paper.
@@ -237,6 +305,12 @@ class GunnLayer(nn.Module):
     """
     ordered: torch.jit.Final[bool]
     residual: torch.jit.Final[bool]
+    # Units that Algorithm 1 reads the state for together: more make larger and fewer matrix products, but the products
+    # of each unit with the block's own channels grow.
+    block_size = 4
+    # `compile_units` sets a compiled one, which is for neither pickle nor TorchScript.
+    from_reads = staticmethod(UpdateUnit.from_reads)
+    __jit_ignored_attributes__ = ['from_reads']
 
     def __init__(
             self,
@@ -289,85 +363,113 @@ class GunnLayer(nn.Module):
     def extra_repr(self) -> str:
         return f'{self.channels}, num_segments={self.num_segments}, residual={self.residual}, ordered={self.ordered}'
 
+    def __getstate__(self) -> Dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != 'from_reads'}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, channels, H, W) to (N, channels, H, W); the input is not changed.
 
         Raises:
-            RuntimeError: A backend forced by `set_backend` cannot run here.
+            RuntimeError: `set_backend` asks for Algorithm 1 in training, and something stands against it.
         """
-        if not torch.jit.is_scripting():
-            device_type = x.device.type
-            if (
-                    x.dtype == torch.float32
-                    # PyTorch 2.6 cannot compile that question; what is compiled is on a device that has autocast.
-                    and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
-                    and torch.is_autocast_enabled(device_type)
-            ):
-                # Else each unit would keep its own low-precision copy of the whole state.
-                x = x.to(torch.get_autocast_dtype(device_type))
-            backend = self._choose_backend(x)
-            if backend == 'gradual':
-                return gradual_update(x, self.units, self.residual, self.ordered, self.grad_checkpointing)
-            if backend == 'in_place':
-                if self._can_run_folded(x):
-                    return update_folded(x, self.units, self.ordered)
-                return update_in_place(x, self.units, self.residual, self.ordered)
-            if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
-                if self.grad_checkpointing:
-                    return checkpoint(self._forward_plain, x)
-                return checkpoint(self._forward_plain, x, use_reentrant=False, context_fn=_recompute_concatenations)
-        return self._forward_plain(x)
+        if torch.jit.is_scripting():
+            return self._concatenate(x)
+        return self._forward(x)
 
     @torch.jit.unused
-    def _can_run_folded(self, x: torch.Tensor) -> bool:
-        return (
-            self.residual
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.is_autocast_enabled(x.device.type)
-            and all(type(unit) is FoldedUnit and unit.can_be_added() for unit in self.units)
-        )
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = self._cast(x)
+        reason, convs = self._choose(x)
+        if not reason:
+            y = self._gradual(x, convs) if self.ordered else self._unordered(x, convs)
+            return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        if self.backend == 'gradual' and self.ordered and self._wants_grad(x):
+            raise RuntimeError(f"Backend 'gradual' cannot run here: {reason}. Use 'plain' or 'auto'.")
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
+            if self.grad_checkpointing:
+                return checkpoint(self._concatenate, x)
+            return checkpoint(self._concatenate, x, use_reentrant=False, context_fn=_recompute_concatenations)
+        return self._concatenate(x)
 
-    def _forward_plain(self, x: torch.Tensor) -> torch.Tensor:
-        segments = list(x.chunk(self.num_segments, dim=1))
-        outs = list(segments)
+    @staticmethod
+    def _cast(x: torch.Tensor) -> torch.Tensor:
+        device_type = x.device.type
+        if (
+                x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+                # PyTorch 2.6 cannot compile that question; what is compiled is on a device that has autocast.
+                and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
+                and torch.is_autocast_enabled(device_type)
+        ):
+            # Else each unit would keep its own low-precision copy of the whole state.
+            x = x.to(torch.get_autocast_dtype(device_type))
+        return x
+
+    def _wants_grad(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _choose(self, x: torch.Tensor) -> Tuple[str, List[List[nn.Conv2d]]]:
+        """Return why the layer must call its units on concatenated channels, or '' and their reading convolutions."""
+        if self.backend == 'plain':
+            return "the backend is 'plain'", []
+        if is_recorded():
+            return 'the layer is being traced, exported or compiled', []
+        if type(x) not in (torch.Tensor, nn.Parameter):
+            return 'the input is no ordinary tensor', []
+        if x.device.type == 'meta' or not x.numel():
+            return 'the input has no memory', []
+        if is_transformed():
+            return 'torch.func or forward-mode differentiation is at work', []
+        if is_watched():
+            return 'hooks of all modules or a TorchFunctionMode are at work', []
+        convs = []
+        for index, unit in enumerate(self.units._modules.values()):
+            read = unit.reading_convs() if type(unit) is UpdateUnit else None
+            if not read:
+                return f'unit {index} or its first convolutions have hooks, adapters or a forward of their own', []
+            convs.append(read)
+        return '', convs
+
+    def _gradual(self, x: torch.Tensor, convs: List[List[nn.Conv2d]]) -> torch.Tensor:
+        weights = [[_as_matrix(conv.weight) for conv in read] for read in convs]
+        biases = [[conv.bias for conv in read if conv.bias is not None] for read in convs]
+        if torch.is_autocast_enabled(x.device.type):
+            weights, biases = ([[p.to(x.dtype) for p in unit] for unit in params] for params in (weights, biases))
+        return gradual_update(x, weights, biases, self._functions(), self.residual, self.block_size)
+
+    def _unordered(self, x: torch.Tensor, convs: List[List[nn.Conv2d]]) -> torch.Tensor:
+        read = [conv for unit in convs for conv in unit]
+        biases = [conv.bias for conv in read if conv.bias is not None]
+        product = _multiply(x, torch.cat([conv.weight for conv in read]), torch.cat(biases) if biases else None)
+        parts = iter(product.split([conv.out_channels for conv in read], dim=1))
+        y = torch.cat([
+            function(*(next(parts).contiguous(memory_format=torch.channels_last) for _ in unit))
+            for function, unit in zip(self._functions(), convs)], dim=1)
+        return y + x if self.residual else y
+
+    def _functions(self) -> List[Callable[..., torch.Tensor]]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return [functools.partial(_checkpoint, self.from_reads, unit) for unit in self.units]
+        return [functools.partial(self.from_reads, unit) for unit in self.units]
+
+    def _concatenate(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.channels // self.num_segments
+        segments = [x[:, i * size:(i + 1) * size] for i in range(self.num_segments)]
+        outs = [segment for segment in segments]
         for i, unit in enumerate(self.units):
             state = torch.cat(outs, dim=1) if self.ordered and i > 0 else x
             out = unit(state)
             outs[i] = segments[i] + out if self.residual else out
         return torch.cat(outs, dim=1)
 
-    @torch.jit.unused
-    def _choose_backend(self, x: torch.Tensor) -> str:
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            best, reason = 'plain', 'the layer is being traced, exported or compiled'
-        elif x.device.type == 'meta' or not x.numel():
-            best, reason = 'plain', 'the input has no memory'
-        elif type(x) not in (torch.Tensor, nn.Parameter) or torch._C._are_functorch_transforms_active():
-            best, reason = 'plain', 'the input is no ordinary tensor'
-        elif getattr(self, '_is_replica', False):
-            # Of nn.DataParallel: what it computes with are no parameters of its own.
-            best, reason = 'plain', 'the layer is a replica'
-        elif nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or _has_forward_hooks(self.units):
-            # The inputs that a hook may keep are the running state, which goes on changing.
-            best, reason = 'plain', 'a module of a unit has hooks'
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            best, reason = 'gradual', 'a gradient is wanted'
-            # Differentiating unit by unit hands a parameter's hooks its gradient once more than the engine does.
-            if any(p is not None and p._backward_hooks for m in _modules(self.units) for p in m._parameters.values()):
-                best, reason = 'plain', 'a parameter has gradient hooks'
-        else:
-            best, reason = 'in_place', 'no gradient is wanted'
-        if self.backend not in ('auto', 'plain', best):
-            raise RuntimeError(f"Backend '{self.backend}' cannot run here: {reason}. Use 'plain' or 'auto'.")
-        return best if self.backend == 'auto' else self.backend
-
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Fix how every GunnLayer of a model runs; the result is the same each way, time and memory are not.
+    """Choose how every GunnLayer of a model runs; the result is the same each way, time and memory are not.
 
     Args:
         model: Module to search for layers.
-        backend: 'auto' (the best that can run), 'plain', 'in_place' or 'gradual'.
+        backend: 'auto' (Algorithm 1 wherever it can run), 'plain' (concatenation, which knows second derivatives) or
+            'gradual' (as 'auto', but training raises an error where Algorithm 1 cannot run).
 
     Raises:
         ValueError: `backend` is none of these.
@@ -380,28 +482,24 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
 
 def compile_units(model: nn.Module, **kwargs: Any) -> None:
-    """Compile a model's update units, in place, instead of the whole: in seconds, and with Algorithm 1 around them.
+    """Compile what comes behind the first convolutions in a model's update units, in place: regional compilation.
 
-    Units of one shape share what is compiled; with stochastic depth each has a rate of its own, and is compiled for
-    itself. Meant for the channels_last format, to which Inductor may otherwise change the input of every unit, and keep
-    that. Where the model has many shapes, PyTorch's limit of recompilations, which counts all together, is raised.
+    Takes seconds where compiling the whole takes minutes, and leaves Algorithm 1 around the units. Units of one shape
+    share what is compiled; with stochastic depth each has a rate of its own, and is compiled for itself. Where the
+    model has many shapes, PyTorch's limit of recompilations, which counts all together, is raised.
 
     Args:
         model: Module to search for layers.
-        kwargs: Arguments of `torch.compile`.
+        kwargs: Arguments of `torch.compile`; `dynamic` is False unless given.
 
     Raises:
         ValueError: The model has no update units.
     """
-    units = [module for module in model.modules() if isinstance(module, (UpdateUnit, FoldedUnit))]
-    if not units:
+    layers = [module for module in model.modules() if isinstance(module, GunnLayer)]
+    if not layers:
         raise ValueError(f'{type(model).__name__} has no update units to compile.')
     # A kind of unit may be compiled for training and inference, and for several image sizes.
-    needed = 8 * len({repr(unit) for unit in units})
-    config = torch._dynamo.config
-    # As PyTorch 2.6 calls it.
-    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
-    for name in (limit, f'accumulated_{limit}'):
-        setattr(config, name, max(getattr(config, name), needed))
-    for unit in units:
-        unit.compile(**kwargs)
+    raise_recompile_limit(32 * len({repr(unit) for layer in layers for unit in layer.units}))
+    compiled = torch.compile(UpdateUnit.from_reads, **{'dynamic': False, **kwargs})
+    for layer in layers:
+        layer.from_reads = compiled

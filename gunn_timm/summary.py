@@ -13,7 +13,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .folded import FoldedUnit
 from .gunn import Gunn, GunnStage
 from .layers import GunnLayer, UpdateUnit
 from .weights import write_file
@@ -71,9 +70,8 @@ def _through(module: nn.Module, reach: _Reach) -> _Reach:
     return reach
 
 
-def _through_unit(unit: Union[UpdateUnit, FoldedUnit], reach: _Reach) -> _Reach:
-    is_folded = isinstance(unit, FoldedUnit)
-    first, *others = [nn.Sequential(unit.conv1, unit.conv2, unit.conv3)] if is_folded else unit.blocks
+def _through_unit(unit: UpdateUnit, reach: _Reach) -> _Reach:
+    first, *others = unit.blocks
     out = _through(first, reach)
     if unit.shortcut is not None:
         out = _joined([out, _through(unit.shortcut, reach)])

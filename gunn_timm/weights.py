@@ -53,21 +53,26 @@ class ModelInfo:
 class WeightsRecord:
     """One published weight: what to expect, how to load it, how it was made.
 
+    Its YAML file has these keys, but for `name`, which is in the file's name.
+
     Attributes:
         name: Architecture and tag, 'gunn15.cifar10'.
         file: Name of the safetensors file beside the record.
         sha256: SHA-256 of the file, hexadecimal.
         size: Size of the file in bytes.
-        dtype: Type the floating-point tensors are stored in.
+        dtype: Type the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'.
         parameters: Number of parameters.
-        license: SPDX identifier.
+        license: SPDX identifier as the Hugging Face Hub writes it, 'apache-2.0'.
         label_names: Names of the classes, in order.
         preprocessing: Entries of the default cfg: input_size, mean, std, crop_pct, interpolation.
-        dataset: Name and exact copy, its id on the hub, numbers of training, held-out and test images.
-        metrics: top1 and top5 in % on the whole test split, how and by which command they were measured.
-        training: Recipe, command, epochs, seed, hardware, wall time, date and versions.
+        dataset: name, copy (which one, where copies differ), train_images, held_out_images (training images kept for
+            choices), test_images; hub_id (on the Hugging Face Hub) if it has one.
+        metrics: top1 and top5 in % on the whole test split, images, epoch ('last', or 'best' by held-out images), ema,
+            test_time_augmentation, command; notes if there is more to say.
+        training: recipe, command and seed (lists, of as many as there were), epochs, hardware, wall_time, date and
+            versions; notes if there is more to say.
         logits_file: Name of the file beside the record with what `validate.py --logits-file` writes.
-        hub: repo_id and revision (a commit) on the Hugging Face Hub, once it is there.
+        hub: repo_id and revision (a whole commit hash) on the Hugging Face Hub, once it is there.
         url: Another address of the file, if it has one.
     """
     name: str

@@ -113,7 +113,7 @@ def test_rounds_interleave():
     assert order == list('ababab')
 
 
-@pytest.mark.parametrize('name', ['gunn18:plain', 'gunn18:folded'])
+@pytest.mark.parametrize('name', ['gunn18:plain', 'gunn18:fused'])
 def test_forms(name):
     model, base = subjects.create(name, tiny=True).eval(), timm.create_model('gunn18', **subjects.TINY['gunn18']).eval()
     base.load_state_dict(subjects.create('gunn18', tiny=True).state_dict())

@@ -1,15 +1,11 @@
-"""README and docs/: what they show runs, what they name exists, and the API page is that of the code."""
+"""README and docs/: what they show runs, and what they name exists."""
 import importlib.util
-import inspect
-import pkgutil
 import re
 import shlex
 
 import pytest
-import timm
 from conftest import ROOT
 
-import gunn_timm
 from gunn_timm.cli import _parser
 
 PAGES = [
@@ -31,7 +27,7 @@ def blocks(page, language):
     return re.findall(rf'```{language}\n(.*?)```', read(page), re.DOTALL)
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if page != 'docs/api.md'])
+@pytest.mark.parametrize('page', PAGES)
 def test_python_blocks_run(page, run):
     code = blocks(page, 'python')
     assert bool(code) == (page in PRINTED)
@@ -49,8 +45,6 @@ def test_linked_files_exist(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_links_to_headings_lead_there(page):
     for target, anchor in re.findall(r'\]\((?!http)([^)#]*)#([^)]+)\)', read(page)):
-        if page == 'docs/api.md':  # it links types to the names of their packages, as its generator does
-            continue
         headings = re.findall(r'^#+ (.+)$', ((ROOT / page).parent / target).read_text(), re.MULTILINE)
         assert anchor in [re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings], anchor
 
@@ -72,27 +66,3 @@ def test_results_page_is_that_of_the_records():
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
     assert read('docs/results.md') == results.page(), 'run `make docs`'
-
-
-def public_names():
-    for module in pkgutil.iter_modules(gunn_timm.__path__):
-        loaded = importlib.import_module(f'gunn_timm.{module.name}') if not module.name.startswith('_') else None
-        for name in getattr(loaded, '__all__', ()):
-            member = getattr(loaded, name)
-            # timm adds the entry points to __all__; the page has the class that they make.
-            if callable(member) and not timm.is_model(name):
-                yield f'{loaded.__name__}.{name}', member
-
-
-def test_api_page_is_that_of_the_code():
-    """Not compared as a whole: another version of its generator may lay it out in another way."""
-    page = read('docs/api.md')
-    names = dict(public_names())
-    assert 'gunn_timm.gunn.Gunn' in names
-    for name, member in names.items():
-        assert f'`{name}`' in page, f'{name}: run `make docs`'
-        for parameter in inspect.signature(member).parameters:
-            assert parameter in page, f'{name}, {parameter}: run `make docs`'
-        assert inspect.getdoc(member).split('\n')[0] in page, f'{name}: run `make docs`'
-    for name in re.findall(r'^#+ `(gunn_timm\.\w+\.\w+)`$', page, re.MULTILINE):
-        assert name in names, f'{name} is gone: run `make docs`'

@@ -17,7 +17,7 @@ onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-# Float32, with the norms folded and the sums in another order: some 1e-7 in networks this small.
+# Float32, with the norms fused and the sums in another order: some 1e-7 in networks this small.
 ROUNDING = 1e-5
 
 

@@ -296,27 +296,27 @@ def test_sync_batchnorm_conversion():
 def test_reparameterized_model_is_the_same(tiny_name):
     model = create_tiny(tiny_name).double().eval()
     x = images(model).double()
-    folded = timm.utils.reparameterize_model(model)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    fused = timm.utils.reparameterize_model(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
     with torch.inference_mode():
-        assert relative(folded(x), model(x)) <= EXACT
-    assert relative(torch.export.export(folded, (x,)).module()(x), model(x)) <= EXACT
-    again = timm.utils.reparameterize_model(folded)
-    assert torch.equal(again(x), folded(x))
+        assert relative(fused(x), model(x)) <= EXACT
+    assert relative(torch.export.export(fused, (x,)).module()(x), model(x)) <= EXACT
+    again = timm.utils.reparameterize_model(fused)
+    assert torch.equal(again(x), fused(x))
     # timm's scripts fold before they call eval().
     trained = timm.utils.reparameterize_model(model.train()).eval()
-    assert torch.equal(trained(x), folded(x))
+    assert torch.equal(trained(x), fused(x))
 
 
-def test_frozen_norms_are_folded():
+def test_frozen_norms_are_fused():
     model = create_tiny('gunn15').double().eval()
     x = images(model).double()
     frozen = freeze_batch_norm_2d(copy.deepcopy(model))
     assert any(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules())
-    folded = timm.utils.reparameterize_model(frozen)
-    assert not any(isinstance(m, FrozenBatchNorm2d) for m in folded.modules())
+    fused = timm.utils.reparameterize_model(frozen)
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in fused.modules())
     with torch.inference_mode():
-        assert relative(folded(x), model(x)) <= EXACT
+        assert relative(fused(x), model(x)) <= EXACT
 
 
 def test_freezing_batchnorm_takes_effect():

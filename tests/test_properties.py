@@ -26,7 +26,7 @@ checked = functools.partial(
 # root of its eps, and some hundred operations follow.
 EXACT = 1e-11
 
-# What is folded has a way of its own where a unit is one block.
+# What is fused has a way of its own where a unit is one block.
 CONFIGS = st.fixed_dictionaries(dict(
     width=st.integers(1, 3), num_segments=st.integers(1, 4), expansion=st.integers(1, 3),
     num_blocks=st.sampled_from([1, 1, 2, 3]), shortcut=st.booleans(), residual=st.booleans(), ordered=st.booleans(),
@@ -96,7 +96,7 @@ def test_training_equals_concatenation(
         p.requires_grad_(chance.random() >= frozen)
     plain = copy.deepcopy(layer)
     wanted = input_grad or any(p.requires_grad for p in layer.parameters())
-    set_backend(layer, 'gradual' if wanted else 'in_place')
+    set_backend(layer, 'gradual')
     set_backend(plain, 'plain')
     layer.grad_checkpointing = grad_checkpointing
     results = []
@@ -124,18 +124,18 @@ def test_inference_is_the_same_in_every_way(config, shape, layout, ordered, resi
     layer = make_layer(dict(config, ordered=ordered, residual=residual), layout).eval()
     x = make_input(layer, shape, layout)
     before = x.clone()
-    folded = reparameterize_model(layer)
+    fused = reparameterize_model(layer)
     set_backend(layer, 'plain')
     with torch.no_grad():
         expected = layer(x)
-        for backend in ('plain', 'in_place'):
+        for backend in ('plain', 'gradual'):
             set_backend(layer, backend)
-            set_backend(folded, backend)
-            # The one format in which what is folded has a way of its own.
+            set_backend(fused, backend)
+            # The one format in which what is fused has a way of its own.
             last = x.contiguous(memory_format=torch.channels_last)
-            assert_same([layer(x), folded(x), folded(last)], [expected] * 3)
-    set_backend(folded, 'gradual')
-    assert_same([folded(x.detach().requires_grad_())], [expected])
+            assert_same([layer(x), fused(x), fused(last)], [expected] * 3)
+    set_backend(fused, 'gradual')
+    assert_same([fused(x.detach().requires_grad_())], [expected])
     assert torch.equal(x, before)
 
 
@@ -275,8 +275,8 @@ def test_network_is_the_same_in_every_way(network, ordered, residual):
     set_backend(plain, 'plain')
     assert_same(step(model, x.clone().requires_grad_()), step(plain, x.clone().requires_grad_()))
     with torch.inference_mode():
-        folded = reparameterize_model(model)
-        results = [model(x), folded(x)]
-        folded.to(memory_format=torch.channels_last)
-        results.append(folded(x.contiguous(memory_format=torch.channels_last)))
+        fused = reparameterize_model(model)
+        results = [model(x), fused(x)]
+        fused.to(memory_format=torch.channels_last)
+        results.append(fused(x.contiguous(memory_format=torch.channels_last)))
         assert_same(results, [plain(x)] * 3)

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import gunn_timm  # noqa: F401
 from gunn_timm._timm import search_split
-from gunn_timm.inference import create_model
-from gunn_timm.weights import WeightsRecord, load_checkpoint, probe_images, weights_records, write_file
+from gunn_timm.commands.predict import create_model
+from gunn_timm.zoo.files import load_checkpoint, write_file
+from gunn_timm.zoo.records import WeightsRecord, probe_images, weights_records
 
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 

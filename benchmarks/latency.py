@@ -27,7 +27,7 @@ from run import machine, write
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from gunn_timm.export import export_model
+from gunn_timm.commands.export import export_model
 from gunn_timm.layers import compile_units
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))

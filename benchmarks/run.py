@@ -35,7 +35,7 @@ from measure import (
 )
 
 from gunn_timm.layers import GunnLayer, set_backend
-from gunn_timm.weights import write_file
+from gunn_timm.zoo.files import write_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Sequence
 
-from gunn_timm.weights import model_infos, weights_records
+from gunn_timm.zoo.records import model_infos, weights_records
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / 'experiments' / 'results'

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 from torchvision.transforms.functional import pil_to_tensor, resize
 
-from gunn_timm.inference import read_image
+from gunn_timm.commands.predict import read_image
 
 CAT = Path(__file__).parents[1] / 'assets' / 'cat.jpg'
 

@@ -18,7 +18,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 import gunn_timm  # noqa: F401
-from gunn_timm.inference import read_image
+from gunn_timm.commands.predict import read_image
 
 MODEL = 'gunn18.mini_in100'
 

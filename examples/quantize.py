@@ -22,7 +22,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from timm.data import ImageDataset, create_transform
 from torch.utils.data import DataLoader, Subset
 
-from gunn_timm.weights import write_file
+from gunn_timm.zoo.files import write_file
 
 CALIBRATION_IMAGES = 256
 

@@ -20,7 +20,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import yaml
 from curves import Curve, draw_curves, spread
 
-from gunn_timm.weights import model_infos, write_file
+from gunn_timm.zoo.files import write_file
+from gunn_timm.zoo.records import model_infos
 
 NETWORKS = ('sunn15', 'gunn15_nores', 'gunn15')
 RECIPES = {

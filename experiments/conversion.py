@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm.weights import write_file
+from gunn_timm.zoo.files import write_file
 
 PATHS = 8
 # By what the tables call them; None is the network as timm has it.

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Subset
 
 import gunn_timm  # noqa: F401
 from gunn_timm.layers import GunnLayer
-from gunn_timm.weights import load_checkpoint, write_file
+from gunn_timm.zoo.files import load_checkpoint, write_file
 
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402

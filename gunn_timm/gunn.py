@@ -28,7 +28,8 @@ from torch import nn
 
 from ._timm import feature_take_indices
 from .layers import GunnConv, GunnLayer
-from .weights import available_weights, fetch_verified, pretrained_source
+from .zoo.files import fetch_verified
+from .zoo.records import available_weights, pretrained_source
 
 __all__ = ['Gunn']
 
@@ -405,16 +406,14 @@ def _cifar100_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    name: {**cfg, **pretrained_source(name.rstrip('*'))} for name, cfg in {
+    name: {**cfg, **pretrained_source(name)} for name, cfg in {
         'gunn15.cifar10': _cifar10_cfg(),
         'gunn15.cifar100': _cifar100_cfg(),
         'gunn24.cifar10': _cifar10_cfg(),
         'gunn24.cifar100': _cifar100_cfg(),
-        # Before the tag with a star: timm moves the first tag that has weights to the front, past one with a star, and
-        # the paper's network is to be the default whatever other tags have weights.
-        'gunn18.mini_in100': _cfg(num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0,
-                                   interpolation='bilinear'),
-        'gunn18.in1k*': _cfg(),
+        'gunn18.in1k': _cfg(),
+        'gunn18.mini_in100': _cfg(
+            num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear'),
         'wide_gunn18.in1k': _cfg(),
         'sunn15.cifar10': _cifar10_cfg(),
         'sunn15.cifar100': _cifar100_cfg(),
@@ -440,9 +439,6 @@ def _verified_cfg(
 ) -> Dict[str, Any]:
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = pretrained_cfg.to_dict()
-    if pretrained_cfg is None:
-        tags = default_cfgs[variant]
-        pretrained_cfg = next((tag for tag in tags.tags if tags.cfgs[tag].has_weights), None)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     if not cfg.has_weights and not cfg.state_dict:
         raise RuntimeError(
@@ -467,87 +463,47 @@ def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
 
 @register_model
 def gunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 for 32x32 images: 1.6 M parameters (paper section 5).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """GUNN-15 for 32x32 images: 1.6 M parameters (paper section 5)."""
     return _create_gunn('gunn15', pretrained, **{**_GUNN15, **kwargs})
 
 
 @register_model
 def gunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-24 for 32x32 images: 29.5 M parameters, two blocks a unit (paper section 5).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """GUNN-24 for 32x32 images: 29.5 M parameters, two blocks a unit (paper section 5)."""
     return _create_gunn('gunn24', pretrained, **{**_GUNN24, **kwargs})
 
 
 @register_model
 def gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-18 for 224x224 images: 28.9 M parameters (paper section 5, Table 2).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """GUNN-18 for 224x224 images: 28.9 M parameters with 1000 classes (paper section 5, Table 2)."""
     return _create_gunn('gunn18', pretrained, **{**_GUNN18, **kwargs})
 
 
 @register_model
 def wide_gunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """Wide GUNN-18 for 224x224 images: 45.6 M parameters (paper section 5, Table 2).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """Wide GUNN-18 for 224x224 images: 45.6 M parameters (paper section 5, Table 2)."""
     return _create_gunn('wide_gunn18', pretrained, **{**_WIDE_GUNN18, **kwargs})
 
 
 @register_model
 def sunn15(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-15, the paper's baseline: GUNN-15 with all segments updated at once (paper section 6).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """SUNN-15, the paper's baseline: GUNN-15 with all segments updated at once (paper section 6)."""
     return _create_gunn('sunn15', pretrained, **{**_GUNN15, 'ordered': False, **kwargs})
 
 
 @register_model
 def sunn24(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-24, the paper's baseline: GUNN-24 with all segments updated at once (paper section 6).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """SUNN-24, the paper's baseline: GUNN-24 with all segments updated at once (paper section 6)."""
     return _create_gunn('sunn24', pretrained, **{**_GUNN24, 'ordered': False, **kwargs})
 
 
 @register_model
 def sunn18(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """SUNN-18, the paper's baseline: GUNN-18 with all segments updated at once (paper section 6).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """SUNN-18, the paper's baseline: GUNN-18 with all segments updated at once (paper section 6)."""
     return _create_gunn('sunn18', pretrained, **{**_GUNN18, 'ordered': False, **kwargs})
 
 
 @register_model
 def gunn15_nores(pretrained: bool = False, **kwargs: Any) -> Gunn:
-    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6, Table 5).
-
-    Args:
-        pretrained: Load weights, of the first tag that has some unless `pretrained_cfg` names one.
-        kwargs: Arguments of `Gunn`, num_classes say, and of timm's `build_model_with_cfg`.
-    """
+    """GUNN-15 without residual learning: a unit's output replaces its segment (paper section 6, Table 5)."""
     return _create_gunn('gunn15_nores', pretrained, **{**_GUNN15, 'residual': False, **kwargs})

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 
 import gunn_timm  # noqa: F401
-from gunn_timm.weights import load_checkpoint, write_file
+from gunn_timm.zoo.files import load_checkpoint, write_file
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -3,8 +3,8 @@ import json
 import pytest
 from conftest import ROOT
 
-from gunn_timm.cli import main, models_table
-from gunn_timm.weights import model_infos, weights_records
+from gunn_timm.commands.cli import main, models_table
+from gunn_timm.zoo.records import model_infos, weights_records
 
 PHOTO = str(ROOT / 'assets' / 'cat.jpg')
 

@@ -10,7 +10,7 @@ from conftest import ROOT, create_tiny, relative
 from PIL import Image
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
-from gunn_timm.export import export_model
+from gunn_timm.commands.export import export_model
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -6,7 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from gunn_timm.cli import _parser
+from gunn_timm.commands.cli import _parser
 
 PAGES = [
     'README.md',

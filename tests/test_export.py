@@ -10,8 +10,8 @@ import torch
 from conftest import create_tiny, images, relative
 from torch import nn
 
-from gunn_timm.cli import main
-from gunn_timm.export import FORMATS, ONNX_OPSET, TOLERANCE, check_export, export_model
+from gunn_timm.commands.cli import main
+from gunn_timm.commands.export import FORMATS, ONNX_OPSET, TOLERANCE, check_export, export_model
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -250,7 +250,7 @@ def test_command_with_a_checkpoint(saved, tmp_path, capsys):
 
 
 def test_command_fails_where_the_check_does(saved, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('gunn_timm.export.TOLERANCE', 0.)
+    monkeypatch.setattr('gunn_timm.commands.export.TOLERANCE', 0.)
     file = tmp_path / 'model.pt'
     assert main(['export', saved, '--format', 'torchscript', '--out', str(file), '--check']) == 2
     assert 'does not compute what the model does' in capsys.readouterr().err

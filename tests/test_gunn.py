@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from gunn_timm.layers import GunnLayer, set_backend
-from gunn_timm.weights import model_infos, weights_records
+from gunn_timm.zoo.records import model_infos, weights_records
 
 MODELS = ['gunn15', 'gunn15_nores', 'gunn18', 'gunn24', 'sunn15', 'sunn18', 'sunn24', 'wide_gunn18']
 

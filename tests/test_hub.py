@@ -19,10 +19,9 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from loopback_hub import READER, WRITER
 
-from gunn_timm import weights
-from gunn_timm.cli import main
-from gunn_timm.hub import model_card, publish, repository_files
-from gunn_timm.weights import license_path, probe_images, weights_records
+from gunn_timm.commands.cli import main
+from gunn_timm.zoo.hub import model_card, publish, repository_files
+from gunn_timm.zoo.records import license_path, probe_images, weights_records
 
 NAME, REPO = 'gunn15.cifar10', 'org/gunn15.cifar10'
 FILES = {'model.safetensors', 'config.json', 'README.md', 'LICENSE'}
@@ -290,7 +289,7 @@ def test_recorded_hash_goes_before_the_repositorys_own(published, monkeypatch, t
     with pytest.raises(ValueError, match=f'expected {record.sha256}'):
         load(tmp_path)
     # The revision that the record names, as a tag's default cfg has it, is as it was.
-    source = weights.pretrained_source(NAME)
+    source = records.pretrained_source(NAME)
     assert source['hf_hub_id'] == '{repo_id}@{revision}'.format(**recorded.hub)
     overlay = dict(file=None, hf_hub_id=source['hf_hub_id'])
     timm.create_model('gunn15', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(tmp_path))

@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, create_tiny
 from PIL import Image
 
-from gunn_timm.inference import create_model, predict, read_image
+from gunn_timm.commands.predict import create_model, predict, read_image
 
 PHOTO = ROOT / 'assets' / 'cat.jpg'
 

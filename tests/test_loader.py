@@ -7,7 +7,7 @@ import torch.distributed as dist
 from PIL import Image
 from torchvision import transforms
 
-from gunn_timm.loader import CyclicRoll, Lighting, create_loader
+from gunn_timm.commands.loader import CyclicRoll, Lighting, create_loader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

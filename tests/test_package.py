@@ -8,11 +8,11 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from gunn_timm.weights import weights_records
+from gunn_timm.zoo.records import weights_records
 
 CHECK = '''
 import gunn_timm, timm, torch
-from gunn_timm.weights import weights_records
+from gunn_timm.zoo.records import weights_records
 print(gunn_timm.__file__)
 for name in weights_records():
     timm.create_model(name, pretrained=True)

@@ -16,7 +16,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from gunn_timm.layers import GunnLayer, set_backend
-from gunn_timm.weights import load_checkpoint
+from gunn_timm.zoo.files import load_checkpoint
 
 # The same examples in every run of the same code, kept nowhere, on machines of any speed.
 checked = functools.partial(

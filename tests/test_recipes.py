@@ -11,7 +11,7 @@ from conftest import ROOT, timm_checkout
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from gunn_timm.weights import model_infos, weights_records
+from gunn_timm.zoo.records import model_infos, weights_records
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 'recipes').glob('*.yaml'))}
 PAPER = [name for name in RECIPES if name.endswith('_paper')]

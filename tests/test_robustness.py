@@ -28,8 +28,9 @@ from test_properties import checked, create_network
 from timm.utils import reparameterize_model
 from torch import nn
 
-from gunn_timm import cli, weights
-from gunn_timm.weights import load_checkpoint, model_infos, weights_records
+from gunn_timm.commands import cli, weights
+from gunn_timm.zoo.files import load_checkpoint
+from gunn_timm.zoo.records import model_infos, weights_records
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +154,7 @@ def read_records(folder: Path, name: str, content: bytes) -> None:
                 reader.cache_clear()
 
 
-@pytest.mark.parametrize('name, cls', [('models.yaml', weights.ModelInfo), (f'{RECORD}.yaml', weights.WeightsRecord)])
+@pytest.mark.parametrize('name, cls', [('models.yaml', records.ModelInfo), (f'{RECORD}.yaml', records.WeightsRecord)])
 @checked(max_examples=60)
 @given(data=st.data())
 def test_records_with_other_fields_are_refused(folder, name, cls, data):

@@ -12,9 +12,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gunn_timm.cli import main
+from gunn_timm.commands.cli import main
+from gunn_timm.commands.summary import format_summary, plot_depth, summarize
 from gunn_timm.layers import set_backend
-from gunn_timm.summary import format_summary, plot_depth, summarize
 
 VARIANTS = [(name, {}) for name in TINY] + [
     ('gunn15', dict(output_stride=1)),

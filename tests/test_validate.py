@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from timm.utils import accuracy
 
-from gunn_timm.weights import WeightsRecord, probe_images
+from gunn_timm.zoo.records import WeightsRecord, probe_images
 
 spec = importlib.util.spec_from_file_location('validate', ROOT / 'validate.py')
 validate = importlib.util.module_from_spec(spec)

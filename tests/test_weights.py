@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, create_tiny
 from timm.utils import accuracy
 
-from gunn_timm import weights
-from gunn_timm.weights import WeightsRecord, load_checkpoint, model_infos, probe_images, verify, weights_records
+from gunn_timm.zoo.files import load_checkpoint, verify
+from gunn_timm.zoo.records import WeightsRecord, model_infos, probe_images, weights_records
 
 
 @pytest.mark.parametrize('name', weights_records())
@@ -62,7 +62,7 @@ def shipped(tmp_path, monkeypatch) -> WeightsRecord:
     record = WeightsRecord(
         'gunn15.cifar10', file.name, hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size, 'float32', 0,
         'apache-2.0', ['a'] * 7, {}, {}, {}, {}, '')
-    monkeypatch.setattr(weights, '_weights_dir', lambda: tmp_path)
+    monkeypatch.setattr(records, '_weights_dir', lambda: tmp_path)
     monkeypatch.setitem(weights_records(), record.name, record)
     return record
 
@@ -93,7 +93,7 @@ def test_incomplete_record(text, problem, tmp_path, monkeypatch):
     info = '{dataset: D, input_size: [3, 8, 8], parameters: 1, gmacs: 1}'
     (tmp_path / 'models.yaml').write_text(f'gunn15.cifar10: {info}')
     (tmp_path / 'gunn15.cifar10.yaml').write_text(text)
-    monkeypatch.setattr(weights, '_weights_dir', lambda: tmp_path)
+    monkeypatch.setattr(records, '_weights_dir', lambda: tmp_path)
     model_infos.cache_clear()
     weights_records.cache_clear()
     try:
@@ -142,5 +142,5 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 
 
 def test_record_fields_are_documented():
-    for cls in (weights.ModelInfo, WeightsRecord):
+    for cls in (records.ModelInfo, WeightsRecord):
         assert all(f'{field.name}: ' in cls.__doc__ for field in dataclasses.fields(cls))

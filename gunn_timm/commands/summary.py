@@ -13,9 +13,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .gunn import Gunn, GunnStage
-from .layers import GunnLayer, UpdateUnit
-from .weights import write_file
+from ..gunn import Gunn, GunnStage
+from ..layers import GunnLayer, UpdateUnit
+from ..zoo.files import write_file
 
 __all__ = ['SummaryRow', 'format_summary', 'plot_depth', 'summarize']
 

@@ -21,9 +21,10 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from . import __version__
-from ._timm import save_config_for_hf
-from .weights import HUB_FILE, WeightsRecord, find_record, license_path, model_infos, verify
+from .. import __version__
+from .._timm import save_config_for_hf
+from .files import HUB_FILE, verify
+from .records import WeightsRecord, find_record, license_path, model_infos
 
 __all__ = ['Publication', 'model_card', 'publish', 'repository_files']
 

@@ -13,8 +13,9 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 
-from .layers import GunnLayer
-from .weights import probe_images, write_file
+from ..layers import GunnLayer
+from ..zoo.files import write_file
+from ..zoo.records import probe_images
 
 __all__ = ['FORMATS', 'ONNX_OPSET', 'TOLERANCE', 'check_export', 'export_model']
 

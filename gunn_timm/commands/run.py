@@ -15,7 +15,8 @@ from .loader import create_loader
 
 __all__ = ['run_script']
 
-_WITHOUT_CURRENT_FOLDER = 'import sys; del sys.path[0]; from gunn_timm.cli import main; sys.exit(main(sys.argv[1:]))'
+_WITHOUT_CURRENT_FOLDER = (
+    'import sys; del sys.path[0]; from gunn_timm.commands.cli import main; sys.exit(main(sys.argv[1:]))')
 
 
 def _allow_distributed_on_cpu() -> None:

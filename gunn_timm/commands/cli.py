@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from ..zoo.files import load_checkpoint
+from ..zoo.hub import model_card, publish
+from ..zoo.records import WeightsRecord, find_record, model_infos, weights_records
 from .cam import save_cams
 from .export import FORMATS, ONNX_OPSET, check_export, export_model
-from .hub import model_card, publish
-from .inference import create_model, predict, read_image
-from .launch import run_script
+from .predict import create_model, predict, read_image
+from .run import run_script
 from .summary import format_summary, plot_depth, summarize
-from .weights import WeightsRecord, find_record, load_checkpoint, model_infos, weights_records
 
 __all__ = ['main', 'models_table']
 

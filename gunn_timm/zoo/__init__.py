@@ -1,0 +1,1 @@
+"""What is known of published weights, the checks that files must pass, and publishing on the Hugging Face Hub."""

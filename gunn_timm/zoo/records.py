@@ -1,0 +1,210 @@
+"""What is known of every registered tag and of every published weight.
+
+`weights/models.yaml` has a line a tag; `weights/NAME.TAG.yaml` is the record of a weight that exists. They lie beside
+the package in a checkout and inside it once it is installed. The model cards, the README's table and the command line
+read them here. Importing the package reads none.
+"""
+import dataclasses
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+
+__all__ = [
+    'ModelInfo', 'WeightsRecord', 'available_weights', 'find_record', 'license_path', 'model_infos',
+    'pretrained_source', 'probe_images', 'weights_records',
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One registered tag.
+
+    Attributes:
+        name: Architecture and tag, 'gunn15.cifar10'.
+        dataset: Dataset the tag is named after.
+        input_size: Channels, height and width of its images.
+        parameters: Number of parameters.
+        gmacs: Multiply-accumulates of one image's forward pass, in units of 1e9.
+        paper_top1_err: Top-1 error in % that the paper reports for it, None where it reports none.
+    """
+    name: str
+    dataset: str
+    input_size: List[int]
+    parameters: int
+    gmacs: float
+    paper_top1_err: Optional[float] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsRecord:
+    """One published weight: what to expect, how to load it, how it was made.
+
+    Its YAML file has these keys, but for `name`, which is in the file's name.
+
+    Attributes:
+        name: Architecture and tag, 'gunn15.cifar10'.
+        file: Name of the safetensors file beside the record.
+        sha256: SHA-256 of the file, hexadecimal.
+        size: Size of the file in bytes.
+        dtype: Type the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'.
+        parameters: Number of parameters.
+        license: SPDX identifier as the Hugging Face Hub writes it, 'apache-2.0'.
+        label_names: Names of the classes, in order.
+        preprocessing: Entries of the default cfg: input_size, mean, std, crop_pct, interpolation.
+        dataset: name, copy (which one, where copies differ), train_images, held_out_images (training images kept for
+            choices), test_images; hub_id (on the Hugging Face Hub) if it has one.
+        metrics: top1 and top5 in % on the whole test split, images, epoch ('last', or 'best' by held-out images), ema,
+            test_time_augmentation, command; notes if there is more to say.
+        training: recipe, command and seed (lists, of as many as there were), epochs, hardware, wall_time, date and
+            versions; notes if there is more to say.
+        logits_file: Name of the file beside the record with what `validate.py --logits-file` writes.
+        hub: repo_id and revision (a whole commit hash) on the Hugging Face Hub, once it is there.
+        url: Another address of the file, if it has one.
+    """
+    name: str
+    file: str
+    sha256: str
+    size: int
+    dtype: str
+    parameters: int
+    license: str
+    label_names: List[str]
+    preprocessing: Dict[str, Any]
+    dataset: Dict[str, Any]
+    metrics: Dict[str, Any]
+    training: Dict[str, Any]
+    logits_file: str
+    hub: Optional[Dict[str, str]] = None
+    url: Optional[str] = None
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies if it came with the package."""
+        return _weights_dir() / self.file
+
+    @property
+    def how_measured(self) -> str:
+        """What must be said beside every figure: which epoch, averaged weights, test-time augmentation."""
+        metrics = self.metrics
+        return (
+            f"{metrics['epoch']} epoch, {'EMA' if metrics['ema'] else 'no EMA'}, "
+            f"test-time augmentation: {metrics['test_time_augmentation']}")
+
+
+def _weights_dir() -> Path:
+    package = Path(str(resources.files('gunn_timm')))
+    return package / '_weights' if (package / '_weights').is_dir() else package.parent / 'weights'
+
+
+def _read_mapping(path: Path) -> Dict[Any, Any]:
+    text = path.read_bytes()
+    try:
+        content = yaml.safe_load(text)
+    except Exception as e:  # PyYAML raises others than its own, for dates that do not exist say
+        raise ValueError(f"'{path}' is not YAML that can be read ({' '.join(str(e).split())}).") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' must have keys and values; it has {content!r:.40}.")
+    return content
+
+
+def _read(cls: type, name: str, path: Path, fields: Any) -> Any:
+    try:
+        described = cls(name=name, **fields)
+    except TypeError as e:
+        accepted = ', '.join(f.name for f in dataclasses.fields(cls) if f.name != 'name')
+        raise ValueError(f"'{path}' does not describe '{name}' as it should ({e}); its keys are {accepted}.") from e
+    for key, hint in get_type_hints(cls).items():
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,))]
+        # YAML makes plain types; of a whole number that may have decimals, an int.
+        if type(getattr(described, key)) not in [*kinds, *([int] if float in kinds else [])]:
+            raise ValueError(
+                f"'{path}' does not describe '{name}' as it should: '{key}' is {getattr(described, key)!r:.40}, and "
+                f"must be of type {' or '.join(kind.__name__ for kind in kinds)}.")
+    return described
+
+
+@lru_cache(maxsize=None)
+def model_infos() -> Dict[str, ModelInfo]:
+    """Read what is known of every registered tag, by name.
+
+    Raises:
+        ValueError: The file is damaged, or says less, more or other than it should; the message names file and key.
+    """
+    path = _weights_dir() / 'models.yaml'
+    return {name: _read(ModelInfo, name, path, fields) for name, fields in _read_mapping(path).items()}
+
+
+@lru_cache(maxsize=None)
+def weights_records() -> Dict[str, WeightsRecord]:
+    """Read the records of all weights that exist, by name.
+
+    Raises:
+        ValueError: A file is damaged, or says less, more or other than it should; the message names file and key.
+    """
+    paths = [_weights_dir() / f'{name}.yaml' for name in model_infos()]
+    return {path.stem: _read(WeightsRecord, path.stem, path, _read_mapping(path)) for path in paths if path.is_file()}
+
+
+def available_weights() -> str:
+    """Name the tags that have weights, for messages."""
+    return ', '.join(weights_records()) or 'none'
+
+
+def find_record(name: str) -> WeightsRecord:
+    """Look up the record of a weight.
+
+    Args:
+        name: Architecture and tag.
+
+    Raises:
+        ValueError: There is no such weight.
+    """
+    if name not in weights_records():
+        raise ValueError(f"No weights '{name}'; weights exist for: {available_weights()}.")
+    return weights_records()[name]
+
+
+def license_path() -> Path:
+    """Where the licence of the package and its weights lies."""
+    folder = _weights_dir()
+    return (folder if folder.name == '_weights' else folder.parent) / 'LICENSE'
+
+
+def pretrained_source(name: str) -> Dict[str, Any]:
+    """Entries of a tag's default cfg that say where its weights are: none, if there are none.
+
+    The file that came with the package goes before the hub, and that before another address.
+
+    Args:
+        name: Architecture and tag.
+    """
+    path = _weights_dir() / f'{name}.safetensors'
+    if path.is_file():
+        return {'file': str(path)}
+    record = weights_records().get(name) if path.with_suffix('.yaml').is_file() else None
+    if record is None:
+        return {}
+    if record.hub:
+        return {'hf_hub_id': '{repo_id}@{revision}'.format(**record.hub)}
+    return {'url': record.url} if record.url else {'file': str(record.path)}
+
+
+def probe_images(input_size: Sequence[int]) -> torch.Tensor:
+    """Make the images on which a record keeps logits, to tell whether a network still computes what it did.
+
+    Args:
+        input_size: Channels, height and width.
+
+    Returns:
+        Smooth patterns of mean 0 and variance about 1, shape (4, C, H, W).
+    """
+    channels, height, width = input_size
+    y = torch.linspace(-1, 1, height).view(1, 1, -1, 1)
+    x = torch.linspace(-1, 1, width).view(1, 1, 1, -1)
+    image = torch.arange(4.).view(-1, 1, 1, 1)
+    channel = torch.arange(float(channels)).view(1, -1, 1, 1)
+    return 2 ** 0.5 * torch.sin((2 + image) * x + (5 - 2 * image) * y + (1 + image) * channel)

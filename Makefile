@@ -26,7 +26,6 @@ bench: $(VENV)/installed-bench
 docs: $(VENV)/installed-docs
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/results.py
-	$(BIN)/python -m gunn_timm summary gunn15 --plot docs/depth.png > /dev/null
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

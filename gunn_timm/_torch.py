@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 __all__ = [
     'is_batched', 'is_plain_pointwise', 'is_recorded', 'is_transformed', 'is_watched', 'raise_recompile_limit',
@@ -19,15 +20,13 @@ _functorch = getattr(torch._C, '_functorch', None)
 _is_batched = getattr(_functorch, 'is_batchedtensor', lambda tensor: False)
 _is_legacy_batched = getattr(_functorch, 'is_legacy_batchedtensor', lambda tensor: False)
 _functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: True)
+_get_function_mode = getattr(torch.overrides, '_get_current_function_mode', lambda: None)
 _count_function_modes = getattr(torch._C, '_len_torch_function_stack', lambda: 2)
 _has_global_hooks = getattr(nn_module, '_has_any_global_hook', lambda: True)
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether vmap computes with the tensor as one of many, as `torch.autograd.grad` does under is_grads_batched=True.
-
-    Without the name PyTorch's own error says that it cannot be done.
-    """
+    """Whether vmap computes with the tensor as one of many; without the names, PyTorch raises an error of its own."""
     return _is_batched(tensor) or _is_legacy_batched(tensor)
 
 
@@ -42,27 +41,18 @@ def is_transformed() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether hooks of all modules are set, or a TorchFunctionMode is on that is not that of the default device.
-
-    The public `torch.get_default_device` tells of the default device, but no public name of modes.
-    """
-    if _has_global_hooks():
-        return True
+    """Whether hooks of all modules are set, or a TorchFunctionMode is on that is not that of the default device."""
     count = _count_function_modes()
-    if not count:
-        return False
-    innermost = torch.overrides._get_current_function_mode() if hasattr(
-        torch.overrides, '_get_current_function_mode') else None
-    return count > 1 or type(innermost) is not torch.utils._device.DeviceContext
+    return _has_global_hooks() or count > 1 or (count == 1 and type(_get_function_mode()) is not DeviceContext)
 
 
 def runs_forward_only(module: nn.Module, kind: type) -> bool:
     """Whether calling the module does what `kind.forward` does, and nothing else.
 
     A class of its own (as adapters, parametrizations and FSDP give it), hooks, and a `forward` set on the instance do
-    more. Reads the module's dictionary, because attributes of modules are slow and layers ask hundreds of times a call.
+    more.
     """
-    own = module.__dict__
+    own = module.__dict__  # attributes of modules are slow, and layers ask hundreds of times a call
     return type(module) is kind and 'forward' not in own and not (
         own['_forward_pre_hooks'] or own['_forward_hooks'] or own['_backward_pre_hooks'] or own['_backward_hooks'])
 

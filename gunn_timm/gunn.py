@@ -35,7 +35,7 @@ __all__ = ['Gunn']
 
 
 class GunnStage(nn.Module):
-    """A transition that changes width and, past the first stage, halves the size; then a gradually updated layer.
+    """A transition (1x1 convolution and 2x2 average pooling), except in the first stage, and a gradually updated layer.
 
     Args:
         in_chs: Input channels.
@@ -43,8 +43,7 @@ class GunnStage(nn.Module):
         num_segments: Segments of the layer.
         downsample: Whether there is a transition.
         stride: 2 for a transition that halves the size, 1 for one that keeps it.
-        pool_first: Pool before the 1x1 convolution (ImageNet networks) or after (CIFAR networks).
-        dilation: Dilation of the layer's 3x3 convolutions.
+        pool_first: Pool before the convolution (ImageNet networks) or after (CIFAR networks).
         layer_kwargs: Further arguments of `GunnLayer`.
     """
 
@@ -56,7 +55,6 @@ class GunnStage(nn.Module):
             downsample: bool = True,
             stride: int = 2,
             pool_first: bool = True,
-            dilation: int = 1,
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
@@ -74,25 +72,11 @@ class GunnStage(nn.Module):
                 [('pre_pool', pool), ('conv', conv)] if pool_first else [('conv', conv), ('post_pool', pool)]))
         else:
             self.downsample = nn.Identity()
-        self.layer = GunnLayer(out_chs, num_segments, dilation=dilation, **layer_kwargs, **kwargs)
+        self.layer = GunnLayer(out_chs, num_segments, **layer_kwargs, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
         return self.layer(self.downsample(x))
-
-
-def _set_grad_checkpointing(model: nn.Module, enable: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, GunnLayer):
-            module.grad_checkpointing = enable
-
-
-class GunnFeatures(FeatureListNet):
-    """timm's feature extractor, which checkpoints activations as the model does: BatchNorm counts a batch once."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in backward, see `Gunn.set_grad_checkpointing`."""
-        _set_grad_checkpointing(self, enable)
 
 
 class Gunn(nn.Module):
@@ -149,10 +133,8 @@ class Gunn(nn.Module):
         if num_classes < 0:
             raise ValueError(f'num_classes must be 0 (no classifier) or more; got {num_classes}.')
         is_cifar = layout == 'cifar'
-        stem_stride = 1 if is_cifar else 4
-        strides = [stem_stride * 2 ** i for i in range(len(channels))]
-        if output_stride is None:
-            output_stride = strides[-1]
+        strides = [(1 if is_cifar else 4) * 2 ** i for i in range(len(channels))]
+        output_stride = strides[-1] if output_stride is None else output_stride
         if output_stride not in strides:
             raise ValueError(f'output_stride must be one of {strides}; got {output_stride}.')
         dd = {'device': device, 'dtype': dtype}
@@ -160,29 +142,24 @@ class Gunn(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-        stem_chs = 64
         self.feature_info: List[Dict[str, Any]] = []
         if is_cifar:
-            self.stem = nn.Sequential(OrderedDict([
-                ('conv1', GunnConv(in_chans, stem_chs, 3, **kwargs)),
-                ('conv2', GunnConv(stem_chs, channels[0], 1, **kwargs)),
-            ]))
+            stem = [('conv1', GunnConv(in_chans, 64, 3, **kwargs))]
         else:
-            self.stem = nn.Sequential(OrderedDict([
-                ('conv1', GunnConv(in_chans, stem_chs, 7, stride=2, **kwargs)),
+            stem = [
+                ('conv1', GunnConv(in_chans, 64, 7, stride=2, **kwargs)),
                 ('pool', nn.MaxPool2d(3, stride=2, padding=1)),
-                ('conv2', GunnConv(stem_chs, channels[0], 1, **kwargs)),
-            ]))
-            self.feature_info.append(dict(num_chs=stem_chs, reduction=2, module='stem.conv1'))
+            ]
+            self.feature_info.append(dict(num_chs=64, reduction=2, module='stem.conv1'))
+        self.stem = nn.Sequential(OrderedDict([*stem, ('conv2', GunnConv(64, channels[0], 1, **kwargs))]))
 
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(segments), stagewise=True)
         stages = []
-        prev_chs = channels[0]
-        for i, (chs, num_segments, stride) in enumerate(zip(channels, segments, strides)):
+        for i, (chs, stride) in enumerate(zip(channels, strides)):
             stages.append(GunnStage(
-                prev_chs,
+                channels[max(i - 1, 0)],
                 chs,
-                num_segments,
+                segments[i],
                 downsample=i > 0,
                 stride=2 if stride <= output_stride else 1,
                 pool_first=not is_cifar,
@@ -196,11 +173,10 @@ class Gunn(nn.Module):
                 **kwargs,
             ))
             self.feature_info.append(dict(num_chs=chs, reduction=min(stride, output_stride), module=f'stages.{i}'))
-            prev_chs = chs
         self.stages = nn.Sequential(*stages)
 
-        self.final_conv = GunnConv(prev_chs, prev_chs, 1, **kwargs) if is_cifar else nn.Identity()
-        self.num_features = prev_chs
+        self.num_features = channels[-1]
+        self.final_conv = GunnConv(self.num_features, self.num_features, 1, **kwargs) if is_cifar else nn.Identity()
         self.global_pool, self.head_drop, self.fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -210,20 +186,13 @@ class Gunn(nn.Module):
     def init_weights(self) -> None:
         """Initialise in place as the authors' code does: convolutions N(0, 2 / (k * k * out_channels)), fc bias 0.
 
-        Works on parameters without values, as `to_empty` leaves them. BatchNorm statistics are set to what they would
-        be for inputs of mean 0 and variance 1, so that the untrained network is usable in eval mode.
+        It works on parameters without values, as `to_empty` leaves them.
         """
         named_apply(_init_weights, self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns that group the parameters by depth, for layer-wise learning rates.
-
-        A layer's units are one group: with a group for each of them, a decay rate in common use would vanish.
-
-        Args:
-            coarse: One group a stage, instead of one for its transition and one for its layer.
-        """
+        """Patterns that group parameters by depth: a group a stage (coarse), or for its transition and its layer."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [
@@ -240,7 +209,9 @@ class Gunn(nn.Module):
         BatchNorm statistics are updated once a step. A layer that runs by concatenation keeps its activations, unless
         it is compiled.
         """
-        _set_grad_checkpointing(self, enable)
+        for module in self.modules():
+            if isinstance(module, GunnLayer):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -248,11 +219,7 @@ class Gunn(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier, on the model's device, in its dtype and mode.
-
-        Args:
-            num_classes: Classes; 0 for no classifier.
-            global_pool: Global pooling; None keeps the present one.
+        """Replace the classifier (0 classes: none) and, unless it is None, the global pooling.
 
         Raises:
             ValueError: `num_classes` is negative.
@@ -289,6 +256,9 @@ class Gunn(nn.Module):
 
         Returns:
             The features and the maps, or the maps; map i has shape (N, num_chs, H / reduction, W / reduction).
+
+        Raises:
+            ValueError: `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt must be 'NCHW'; got '{output_fmt}'.")
@@ -303,12 +273,10 @@ class Gunn(nn.Module):
                 intermediates.append(x)
             if stop_early and num_stem_maps and max_index == 0:
                 break
-        stages = self.stages[:max_index + 1 - num_stem_maps] if stop_early else self.stages
-        for i, stage in enumerate(stages):
+        for i, stage in enumerate(self.stages[:max_index + 1 - num_stem_maps] if stop_early else self.stages):
             x = stage(x)
             if i + num_stem_maps in take_indices:
                 intermediates.append(x)
-
         if intermediates_only:
             return intermediates
         if not stop_early or max_index == len(self.feature_info) - 1:
@@ -360,6 +328,11 @@ class Gunn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (N, in_chans, H, W) to logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+class GunnFeatures(FeatureListNet):
+    """timm's feature extractor, which checkpoints activations as the model does: BatchNorm counts a batch once."""
+    set_grad_checkpointing = Gunn.set_grad_checkpointing
 
 
 def _init_weights(module: nn.Module, name: str = '') -> None:
@@ -431,26 +404,15 @@ _GUNN18 = dict(layout='imagenet', channels=(400, 800, 1600, 2000), segments=(10,
 _WIDE_GUNN18 = dict(layout='imagenet', channels=(1200, 1600, 2000, 2000), segments=(30, 40, 50, 50))
 
 
-def _verified_cfg(
-        variant: str,
-        pretrained_cfg: Union[str, Dict[str, Any], PretrainedCfg, None] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Optional[str] = None,
-) -> Dict[str, Any]:
-    if isinstance(pretrained_cfg, PretrainedCfg):
-        pretrained_cfg = pretrained_cfg.to_dict()
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    if not cfg.has_weights and not cfg.state_dict:
-        raise RuntimeError(
-            f"No pretrained weights exist for {'.'.join(filter(None, (variant, cfg.tag)))}. Weights exist for: "
-            f'{available_weights()}. Use `pretrained=False` for random init.')
-    return fetch_verified(cfg, cache_dir).to_dict(remove_null=False)
-
-
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
     if pretrained:
-        kwargs['pretrained_cfg'] = _verified_cfg(
-            variant, kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None), kwargs.get('cache_dir'))
+        given, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None)
+        cfg = resolve_pretrained_cfg(variant, given.to_dict() if isinstance(given, PretrainedCfg) else given, overlay)
+        if not cfg.has_weights and not cfg.state_dict:
+            raise RuntimeError(
+                f"No pretrained weights exist for {'.'.join(filter(None, (variant, cfg.tag)))}. Weights exist for: "
+                f'{available_weights()}. Use `pretrained=False` for random init.')
+        kwargs['pretrained_cfg'] = fetch_verified(cfg, kwargs.get('cache_dir')).to_dict(remove_null=False)
     num_maps = len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')
     return build_model_with_cfg(
         Gunn,

@@ -43,10 +43,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
 
 
 class GunnConv(nn.Module):
-    """Convolution without bias, norm, activation.
-
-    The norm is a module of its own, not timm's fused BatchNormAct2d, so that tools that look for BatchNorm2d and
-    replace it, SyncBatchNorm conversion among them, keep the activation.
+    """Convolution without bias, norm, activation, each a module of its own for tools that replace norms.
 
     Args:
         in_chs: Input channels.
@@ -207,12 +204,7 @@ class UpdateUnit(nn.Module):
 
     @torch.jit.unused
     def from_reads(self, hidden: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Compute what `forward` does, from the outputs of `reading_convs`.
-
-        Args:
-            hidden: Output of the first block's first convolution, shape (N, expansion * out_chs, H, W).
-            shortcut: Output of the shortcut's convolution, shape (N, out_chs, H, W).
-        """
+        """Compute what `forward` does from the outputs of `reading_convs`: the first block's and the shortcut's."""
         block = self.blocks[0]
         out = block.conv3(block.conv2(block.conv1.norm_act(hidden)))
         if shortcut is not None:
@@ -220,16 +212,17 @@ class UpdateUnit(nn.Module):
         return self._finish(out)
 
     def _finish(self, out: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks[1:]:
-            out = out + block(out)
+        # TorchScript takes no slice of the list.
+        for i, block in enumerate(self.blocks):
+            if i > 0:
+                out = out + block(out)
         return self.drop_path(out)
 
     @torch.jit.unused
     def reading_convs(self) -> Optional[List[nn.Conv2d]]:
         """Return the pointwise convolutions that read the unit's input, or None where a call does more than these.
 
-        Their modules and those around them must be as they were made: without hooks, adapters, parametrizations or a
-        replaced forward. What comes behind them may be anything.
+        Their modules and those around them must be as they were made. What comes behind them may be anything.
         """
         # By the dictionaries of the modules: as attributes they take several times as long.
         own = self._modules
@@ -258,9 +251,9 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
 @contextlib.contextmanager
 def _buffers_kept(unit: nn.Module) -> Iterator[None]:
-    """Give the buffers that a call in training mode may change, BatchNorm's statistics, the values back they have now.
+    """Give BatchNorm's statistics the values back they have now.
 
-    Others are not written to, were it what they hold: graphs of other threads may watch them for writes.
+    Those in evaluation mode are not written to, were it what they hold: graphs of other threads may watch them.
     """
     kept = [(b, b.clone()) for m in unit.modules() if m.training for b in m.buffers(recurse=False)]
     try:
@@ -305,8 +298,7 @@ class GunnLayer(nn.Module):
     """
     ordered: torch.jit.Final[bool]
     residual: torch.jit.Final[bool]
-    # Units that Algorithm 1 reads the state for together: more make larger and fewer matrix products, but the products
-    # of each unit with the block's own channels grow.
+    # Units to read for together: more make larger and fewer matrix products, and larger ones of each unit by itself.
     block_size = 4
     # `compile_units` sets a compiled one, which is for neither pickle nor TorchScript.
     from_reads = staticmethod(UpdateUnit.from_reads)
@@ -342,23 +334,12 @@ class GunnLayer(nn.Module):
         rates = [drop_path] * num_segments if isinstance(drop_path, (int, float)) else list(drop_path)
         if len(rates) != num_segments:
             raise ValueError(f'drop_path must be one rate, or one for each of {num_segments} segments; got {rates}.')
+        size = channels // num_segments
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        # Without the residual a dropped unit would blank its channels.
         self.units = nn.ModuleList([
-            UpdateUnit(
-                channels,
-                channels // num_segments,
-                expansion,
-                num_blocks,
-                shortcut,
-                dilation,
-                # Without the residual a dropped unit would blank its channels.
-                drop_path=rate if residual else 0.,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                device=device,
-                dtype=dtype,
-            )
-            for rate in rates
-        ])
+            UpdateUnit(channels, size, expansion, num_blocks, shortcut, dilation, rate if residual else 0., **kwargs)
+            for rate in rates])
 
     def extra_repr(self) -> str:
         return f'{self.channels}, num_segments={self.num_segments}, residual={self.residual}, ordered={self.ordered}'
@@ -378,35 +359,26 @@ class GunnLayer(nn.Module):
 
     @torch.jit.unused
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(x, torch.Tensor):
-            x = self._cast(x)
+        # Else each unit would keep its own low-precision copy of the whole state.
+        if isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            device = x.device.type
+            # PyTorch 2.6 cannot compile the first question; what is compiled is on a device that has autocast.
+            if (is_recorded() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
+                x = x.to(torch.get_autocast_dtype(device))
         reason, convs = self._choose(x)
         if not reason:
             y = self._gradual(x, convs) if self.ordered else self._unordered(x, convs)
             return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
-        if self.backend == 'gradual' and self.ordered and self._wants_grad(x):
+        if (
+                self.backend == 'gradual' and self.ordered and torch.is_grad_enabled()
+                and any(t.requires_grad for t in (x, *self.parameters()))
+        ):
             raise RuntimeError(f"Backend 'gradual' cannot run here: {reason}. Use 'plain' or 'auto'.")
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
             if self.grad_checkpointing:
                 return checkpoint(self._concatenate, x)
             return checkpoint(self._concatenate, x, use_reentrant=False, context_fn=_recompute_concatenations)
         return self._concatenate(x)
-
-    @staticmethod
-    def _cast(x: torch.Tensor) -> torch.Tensor:
-        device_type = x.device.type
-        if (
-                x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-                # PyTorch 2.6 cannot compile that question; what is compiled is on a device that has autocast.
-                and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type))
-                and torch.is_autocast_enabled(device_type)
-        ):
-            # Else each unit would keep its own low-precision copy of the whole state.
-            x = x.to(torch.get_autocast_dtype(device_type))
-        return x
-
-    def _wants_grad(self, x: torch.Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def _choose(self, x: torch.Tensor) -> Tuple[str, List[List[nn.Conv2d]]]:
         """Return why the layer must call its units on concatenated channels, or '' and their reading convolutions."""
@@ -443,7 +415,7 @@ class GunnLayer(nn.Module):
         product = _multiply(x, torch.cat([conv.weight for conv in read]), torch.cat(biases) if biases else None)
         parts = iter(product.split([conv.out_channels for conv in read], dim=1))
         y = torch.cat([
-            function(*(next(parts).contiguous(memory_format=torch.channels_last) for _ in unit))
+            function(*(next(parts).clone(memory_format=torch.channels_last) for _ in unit))
             for function, unit in zip(self._functions(), convs)], dim=1)
         return y + x if self.residual else y
 
@@ -454,12 +426,10 @@ class GunnLayer(nn.Module):
 
     def _concatenate(self, x: torch.Tensor) -> torch.Tensor:
         size = self.channels // self.num_segments
-        segments = [x[:, i * size:(i + 1) * size] for i in range(self.num_segments)]
-        outs = [segment for segment in segments]
+        outs = [x[:, i * size:(i + 1) * size] for i in range(self.num_segments)]
         for i, unit in enumerate(self.units):
-            state = torch.cat(outs, dim=1) if self.ordered and i > 0 else x
-            out = unit(state)
-            outs[i] = segments[i] + out if self.residual else out
+            out = unit(torch.cat(outs, dim=1) if self.ordered and i > 0 else x)
+            outs[i] = outs[i] + out if self.residual else out
         return torch.cat(outs, dim=1)
 
 
@@ -484,9 +454,8 @@ def set_backend(model: nn.Module, backend: str) -> None:
 def compile_units(model: nn.Module, **kwargs: Any) -> None:
     """Compile what comes behind the first convolutions in a model's update units, in place: regional compilation.
 
-    Takes seconds where compiling the whole takes minutes, and leaves Algorithm 1 around the units. Units of one shape
-    share what is compiled; with stochastic depth each has a rate of its own, and is compiled for itself. Where the
-    model has many shapes, PyTorch's limit of recompilations, which counts all together, is raised.
+    This takes seconds where compiling the whole takes minutes, and leaves Algorithm 1 around the units. Units of one
+    shape share what is compiled. PyTorch's limit of recompilations, which counts all shapes together, is raised.
 
     Args:
         model: Module to search for layers.

@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, List, Optional
@@ -33,8 +32,8 @@ class Fault:
     """Something that goes wrong with the requests that match, the first `times` of them."""
     method: str
     path: str
-    kind: str  # 'drop', 'truncate', 'corrupt', 'slow', or a status code
-    times: int = 1
+    kind: str  # 'drop', 'truncate', 'corrupt', or a status code
+    times: int
 
 
 def _is_lfs(path: str) -> bool:
@@ -50,13 +49,7 @@ class LoopbackHub:
         self.faults: List[Fault] = []
         self.requests: List[str] = []
         self.lock = threading.Lock()
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
     def start(self) -> None:
@@ -78,7 +71,7 @@ class LoopbackHub:
         return None
 
     def commits_to(self, repo_id: str) -> int:
-        """Number of commits but for the one that a repository begins with."""
+        """Count commits but for the one that a repository begins with."""
         return len(self.repos[repo_id].commits) - 1
 
 
@@ -99,11 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.fault = self.hub.take_fault(self.command, self.path)
         if self.fault == 'drop':
-            self.close_connection = True
-            self.connection.close()
-            return
-        if self.fault == 'slow':
-            time.sleep(1)
+            return self.hang_up()
         if self.fault and self.fault.isdigit():
             return self.json({'error': 'on order'}, int(self.fault))
         for method, pattern, route in ROUTES:
@@ -113,6 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.json({'error': f'no route {self.command} {self.path}'}, 404)
 
     do_GET = do_HEAD = do_POST = do_PUT = do
+
+    def hang_up(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.close()
 
     def json(self, content: Any, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(content).encode(), status, **{'Content_Type': 'application/json', **headers})
@@ -126,13 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == 'HEAD':
             return
+        self.wfile.write(content[:len(content) // 2] if self.fault == 'truncate' else content)
         if self.fault == 'truncate':
-            self.wfile.write(content[:len(content) // 2])
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.close()
-            return
-        self.wfile.write(content)
+            self.hang_up()
 
     def token(self) -> str:
         return (self.headers.get('Authorization') or '').removeprefix('Bearer ')
@@ -154,9 +144,6 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
-    def whoami(self, body: bytes) -> None:
-        self.json({'name': 'someone', 'type': 'user', 'orgs': [{'name': 'org'}]})
-
     def validate_yaml(self, body: bytes) -> None:
         self.json({'errors': [], 'warnings': []})
 
@@ -165,12 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
         repo_id = f"{wanted['organization']}/{wanted['name']}"
         if not self.may_write(repo_id):
             return
-        url = f'{self.hub.url}/{repo_id}'
         if repo_id in self.hub.repos:
-            return self.json({'error': 'You already created this model repo', 'url': url}, 409)
+            return self.json({'error': 'You already created this model repo'}, 409)
         repo = self.hub.repos[repo_id] = Repo(wanted.get('private') or wanted.get('visibility') == 'private')
         repo.commit('main', {'.gitattributes': b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'})
-        self.json({'url': url, 'name': repo_id, 'id': repo_id})
+        self.json({'url': f'{self.hub.url}/{repo_id}', 'name': repo_id, 'id': repo_id})
 
     def create_branch(self, body: bytes, repo_id: str, branch: str) -> None:
         repo = self.may_write(repo_id) and self.find(repo_id)
@@ -188,18 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
             blob = hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
             sibling = {'rfilename': path, 'size': len(content), 'blobId': blob}
             if _is_lfs(path):
-                sibling['lfs'] = {
-                    'sha256': hashlib.sha256(content).hexdigest(), 'size': len(content), 'pointerSize': 134}
+                sha256 = hashlib.sha256(content).hexdigest()
+                sibling['lfs'] = {'sha256': sha256, 'size': len(content), 'pointerSize': 134}
             siblings.append(sibling)
-        self.json({
-            'id': repo_id, 'modelId': repo_id, 'sha': repo.branches.get(revision, revision), 'private': repo.private,
-            'siblings': siblings, 'tags': [], 'downloads': 0, 'likes': 0})
+        self.json({'id': repo_id, 'sha': repo.branches.get(revision, revision), 'siblings': siblings})
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
         if self.may_write(repo_id) and self.find(repo_id, revision):
-            self.json({'files': [
-                {'path': f['path'], 'uploadMode': 'lfs' if _is_lfs(f['path']) else 'regular', 'shouldIgnore': False}
-                for f in json.loads(body)['files']]})
+            modes = {f['path']: 'lfs' if _is_lfs(f['path']) else 'regular' for f in json.loads(body)['files']}
+            self.json({'files': [{'path': p, 'uploadMode': m, 'shouldIgnore': False} for p, m in modes.items()]})
 
     def lfs_batch(self, body: bytes, repo_id: str) -> None:
         if not self.may_write(repo_id):
@@ -248,8 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.find(repo_id, revision)
         if not repo:
             return
-        commit = repo.branches.get(revision, revision)
-        content = repo.files(revision).get(path)
+        commit, content = repo.branches.get(revision, revision), repo.files(revision).get(path)
         if content is None:
             return self.json({'error': 'Entry not found'}, 404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
         etag = (hashlib.sha256 if _is_lfs(path) else hashlib.sha1)(content).hexdigest()
@@ -265,7 +247,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 ROUTES = [
-    ('GET', '/api/whoami-v2', _Handler.whoami),
     ('POST', '/api/validate-yaml', _Handler.validate_yaml),
     ('POST', '/api/repos/create', _Handler.create_repo),
     ('POST', r'/api/models/([^/]+/[^/]+)/branch/(.+)', _Handler.create_branch),

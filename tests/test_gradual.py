@@ -131,23 +131,6 @@ def test_block_size_changes_nothing(block_size):
     assert_same_grads(layer, plain)
 
 
-@pytest.mark.parametrize('variant', ['cifar', 'nores', 'sunn'])
-@pytest.mark.parametrize('strides', ['transposed', 'expanded', 'sliced'])
-def test_strides_of_the_input_do_not_matter(strides, variant):
-    gradual, plain = twins(variant)
-    base = make_input()
-    x = {
-        'transposed': base.transpose(2, 3), 'expanded': base[:1].expand(3, -1, -1, -1), 'sliced': base[..., ::2],
-    }[strides]
-    inputs = [x.detach().requires_grad_() for _ in range(2)]
-    assert inputs[0].stride() == x.stride()
-    for layer, x in zip((gradual, plain), inputs):
-        # The gradient comes expanded, as that of a mean does.
-        (layer(x).sin().mean(dim=(2, 3)) ** 2).sum().backward()
-    assert relative(inputs[0].grad, inputs[1].grad) <= 1e-13
-    assert_same_grads(gradual, plain)
-
-
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_inference_equals_concatenation(variant):
     gradual, plain = twins(variant)
@@ -165,22 +148,8 @@ def test_inference_equals_concatenation(variant):
     assert_same_state(gradual, plain, 1e-14)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_optimiser_steps_equal_concatenation(variant):
-    gradual, plain = twins(variant)
-    for layer in (gradual, plain):
-        torch.manual_seed(5)
-        optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        for _ in range(3):
-            optimizer.zero_grad()
-            layer(make_input()).square().mean().backward()
-            optimizer.step()
-    assert_same_state(gradual, plain, 1e-12)
-    assert all(b == 3 for n, b in gradual.named_buffers() if n.endswith('num_batches_tracked'))
-
-
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('variant', ['cifar', 'many_segments', 'nores', 'two_blocks', 'drop_path'])
+@pytest.mark.parametrize('variant', ['many_segments', 'nores'])
 def test_gradcheck(variant, training):
     layer = make_layer(variant).train(training)
     # Seldom-met kinks of ReLU would spoil finite differences.
@@ -236,14 +205,6 @@ def test_gradients_of_some():
         grads[-1] += [p.grad for p in some]
         assert x.grad is None
     assert all(relative(a, b) <= 1e-13 for a, b in zip(*grads))
-
-
-def test_gradients_accumulate():
-    gradual, plain = twins('cifar')
-    for layer in (gradual, plain):
-        for _ in range(2):
-            layer(make_input()).square().sum().backward()
-    assert_same_grads(gradual, plain)
 
 
 def test_two_calls_in_one_loss_and_backward_twice():
@@ -364,6 +325,11 @@ class Adapter(nn.Module):
         return self.conv(x) * self.scale
 
 
+class Unit(UpdateUnit):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def _adapt(conv: GunnConv) -> None:
     conv.conv = Adapter(conv.conv)
 
@@ -409,8 +375,9 @@ def test_changed_units_run_by_concatenation(reader, change):
     lambda unit: _adapt(unit.blocks[0].conv1),
     lambda unit: _adapt(unit.shortcut),
     lambda unit: setattr(unit.blocks[0].conv1, 'conv', nn.Conv2d(12, 8, 3, padding=1, dtype=torch.double)),
+    lambda unit: setattr(unit, '__class__', Unit),
     lambda unit: setattr(unit.blocks[0].conv1, 'conv', nn.Conv2d(12, 8, 1, groups=4, dtype=torch.double)),
-], ids=['prune', 'weight_norm', 'parametrization', 'adapter', 'adapter of the shortcut', '3x3', 'groups'])
+], ids=['prune', 'weight_norm', 'parametrization', 'adapter', 'adapter of the shortcut', '3x3', 'class', 'groups'])
 def test_other_readers_run_by_concatenation(change):
     layer, plain = twins('cifar')
     set_backend(layer, 'auto')
@@ -426,20 +393,6 @@ def test_other_readers_run_by_concatenation(change):
     assert_same_grads(layer, plain, 0)
     kept = [[m.kept for m in twin.modules() if isinstance(m, Adapter)] for twin in (layer, plain)]
     assert all(torch.equal(a, b) for a, b in zip(*kept))
-
-
-def test_units_of_another_class_run_by_concatenation():
-    class Unit(UpdateUnit):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    layer, plain = twins('cifar')
-    set_backend(layer, 'auto')
-    for twin in (layer, plain):
-        twin.units[1].__class__ = Unit
-        twin.units[2] = nn.Sequential(twin.units[2])
-        twin(make_input()).square().sum().backward()
-    assert_same_grads(layer, plain, 0)
 
 
 @pytest.mark.parametrize('kind', [UpdateUnit, GunnBottleneck, GunnConv])
@@ -540,13 +493,9 @@ def test_transforms():
         with forward_ad.dual_level():
             dual = layer(forward_ad.make_dual(x, tangent))
             assert relative(forward_ad.unpack_dual(dual).tangent, along) <= 1e-13
+    assert relative(torch.fx.symbolic_trace(layer)(x), layer(x)) <= 1e-14
     replica = layer._replicate_for_data_parallel()
     assert not reason(replica, x) and relative(replica(x), layer(x)) <= 1e-14
-
-
-def test_symbolic_tracing():
-    layer = make_layer('cifar').eval()
-    assert relative(torch.fx.symbolic_trace(layer)(make_input()), layer(make_input())) <= 1e-14
 
 
 @pytest.mark.parametrize('linear', [True, False])
@@ -733,21 +682,13 @@ def held_bytes(
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
-@pytest.mark.parametrize('dtype, num_blocks', [(torch.float, 1), (torch.float, 2), (torch.bfloat16, 1)])
-def test_memory_is_flat_in_segments(dtype, num_blocks):
-    kwargs = dict(dtype=dtype, num_blocks=num_blocks)
-    few, many = (held_bytes(p, 64, 'gradual', **kwargs) for p in (4, 16))
-    # The small change is batch statistics, and under autocast the copies of the weights.
-    assert abs(many - few) <= 0.05 * few
-    state = dtype.itemsize * 4 * 64 * 16 * 16
-    # Concatenation keeps a state a unit, here two in all are kept.
-    assert held_bytes(16, 64, 'plain', **kwargs) - many >= 13 * state
-
-
 def test_memory_in_states():
     state = 4 * 4 * 64 * 16 * 16
+    # It is flat in segments but for batch statistics; concatenation keeps a state a unit.
+    few, many = (held_bytes(p, 64, 'gradual') for p in (4, 16))
+    assert abs(many - few) <= 0.05 * few and held_bytes(16, 64, 'plain') - many >= 13 * state
     # The units keep 10 values a channel: 2, 2, 2, 2 and 1 in the block, for K = 2, and 1 in the shortcut.
-    assert 10 * state <= held_bytes(16, 64, 'gradual') <= 12 * state
+    assert 10 * state <= many <= 12 * state
     # In the other format the layer computes in channels_last, and its output is a copy.
     assert held_bytes(16, 64, 'gradual', memory_format='contiguous') <= 13 * state
     assert held_bytes(8, 128, 'gradual') == pytest.approx(2 * held_bytes(8, 64, 'gradual'), rel=0.05)
@@ -838,15 +779,6 @@ def test_compiled_units_are_the_same(variant, grad_checkpointing):
     assert relative(again(x), plain(x)) <= 1e-12
 
 
-def test_units_of_a_layer_are_compiled_once():
-    torch.compiler.reset()
-    counters.clear()
-    layer = GunnLayer(16, 8)
-    compile_units(layer, fullgraph=True, backend=BACKEND)
-    layer(torch.randn(2, 16, 4, 4, requires_grad=True)).sum().backward()
-    assert counters['stats']['unique_graphs'] == 1
-
-
 def test_all_kinds_of_units_are_compiled():
     """However many there are: past its limit PyTorch would run the rest uncompiled, and only log that."""
     torch.compiler.reset()
@@ -861,5 +793,7 @@ def test_all_kinds_of_units_are_compiled():
                 with torch.no_grad():
                     layer(x)
     assert not counters['graph_break'] and counters['frames']['total'] == counters['frames']['ok']
+    # One graph for all units of a shape: 4 kinds, 2 sizes, 2 modes, with and without gradients.
+    assert counters['stats']['unique_graphs'] == 32
     with pytest.raises(ValueError, match='Conv2d has no update units to compile.'):
         compile_units(nn.Conv2d(1, 1, 1))

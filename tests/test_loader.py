@@ -1,4 +1,6 @@
 """The launcher's training loader: the paper's augmentation, and random numbers that survive a resume."""
+from collections import Counter
+
 import numpy as np
 import pytest
 import timm.data
@@ -38,60 +40,48 @@ def test_pad4_is_the_papers(folder):
     normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
     offsets = set()
     for i in range(len(dataset)):
-        path = dataset.reader.samples[i][0]
-        image = normalize(Image.open(path))
+        image = normalize(Image.open(dataset.reader.samples[i][0]))
         padded = [torch.nn.functional.pad(x, [4] * 4) for x in (image, image.flip(2))]
         for _ in range(20):
             out, _ = dataset[i]
             found = [(flip, y, x) for flip in (0, 1) for y in range(9) for x in range(9)
                      if torch.equal(out, padded[flip][:, y:y + 32, x:x + 32])]
-            assert found
             offsets.add(found[0])
-    assert {f for f, _, _ in offsets} == {0, 1}
-    assert {y for _, y, _ in offsets} == {x for _, _, x in offsets} == set(range(9))
+    assert [set(seen) for seen in zip(*offsets)] == [{0, 1}, set(range(9)), set(range(9))]
 
 
 def test_order_of_the_steps(folder):
-    def names(mode, **kwargs):
-        return [type(step).__name__ for step in loader_of(folder, mode, **kwargs).dataset.transform.transforms]
-    crop = ['RandomResizedCropAndInterpolation', 'RandomHorizontalFlip']
-    assert names('pad4') == [*crop, 'ColorJitter', 'MaybeToTensor', 'Normalize', 'RandomCrop']
-    assert names('pad4+roll')[-3:] == ['Normalize', 'RandomCrop', 'CyclicRoll']
-    assert names('rrc+lighting', color_jitter=0.4) == [
-        *crop, 'ColorJitter', 'MaybeToTensor', 'Lighting', 'Normalize']
-    assert names('rrc') == names(None) == [*crop, 'ColorJitter', 'MaybeToTensor', 'Normalize']
-    dataset = loader_of(folder, 'rrc+lighting', scale=(0.3, 0.9)).dataset
-    assert dataset.transform.transforms[0].scale == (0.3, 0.9)
+    def steps(mode, **kwargs):
+        return loader_of(folder, mode, **kwargs).dataset.transform.transforms
+    names = {mode: [type(step).__name__ for step in steps(mode, color_jitter=0.4)] for mode in (
+        'pad4', 'pad4+roll', 'rrc+lighting', 'rrc')}
+    crop = ['RandomResizedCropAndInterpolation', 'RandomHorizontalFlip', 'ColorJitter', 'MaybeToTensor']
+    assert names['pad4'] == [*crop, 'Normalize', 'RandomCrop']
+    assert names['pad4+roll'] == [*names['pad4'], 'CyclicRoll']
+    assert names['rrc+lighting'] == [*crop, 'Lighting', 'Normalize'] and names['rrc'] == [*crop, 'Normalize']
+    assert steps('rrc+lighting', scale=(0.3, 0.9))[0].scale == (0.3, 0.9)
 
 
 def test_roll():
     torch.manual_seed(0)
     image = torch.arange(3 * 4 * 5.).view(3, 4, 5)
-    rolled = {'none': 0, 'rows': 0, 'columns': 0}
-    seen = set()
-    for _ in range(3000):
-        out = CyclicRoll()(image)
-        rows = [d for d in range(1, 4) if torch.equal(out, image.roll(d, 1))]
-        columns = [d for d in range(1, 5) if torch.equal(out, image.roll(d, 2))]
-        assert torch.equal(out, image) or rows or columns
-        rolled['rows' if rows else 'columns' if columns else 'none'] += 1
-        seen.update([('rows', *rows)] if rows else [('columns', *columns)] if columns else [])
-    assert len(seen) == 3 + 4
-    # A third is never rolled; of each other third, 1 in 4 (rows) or 1 in 5 (columns) is rolled by a whole turn. The
-    # bounds are four standard deviations of a count of 3000.
-    for kind, share in (('rows', 3 / 4 / 3), ('columns', 4 / 5 / 3)):
-        assert abs(rolled[kind] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
+    # A third is never rolled; of each other third, 1 in 4 (rows) or 1 in 5 (columns) is rolled by a whole turn.
+    shares = {(d, 1): 1 / 4 / 3 for d in range(1, 4)} | {(d, 2): 1 / 5 / 3 for d in range(1, 5)}
+    shares[0, 1] = 1 - sum(shares.values())
+    counts = Counter(outcome for out in (CyclicRoll()(image) for _ in range(3000))
+                     for outcome in shares if torch.equal(out, image.roll(*outcome)))
+    assert sum(counts.values()) == 3000
+    for outcome, share in shares.items():
+        # Four standard deviations of a count of 3000.
+        assert abs(counts[outcome] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
 
 
 def test_lighting():
     torch.manual_seed(0)
     image = torch.rand(3, 2, 2)
-    shifts = []
-    for _ in range(4000):
-        shift = Lighting(0.1)(image) - image
-        assert torch.allclose(shift, shift[:, :1, :1].expand_as(shift), atol=1e-6)  # rounding of the addition
-        shifts.append(shift[:, 0, 0])
-    found = torch.stack(shifts).T.cov()
+    shifts = torch.stack([Lighting(0.1)(image) - image for _ in range(4000)])
+    assert torch.allclose(shifts, shifts[:, :, :1, :1].expand_as(shifts), atol=1e-6)  # rounding of the addition
+    found = shifts[:, :, 0, 0].T.cov()
     vectors, values = Lighting.eigenvectors, Lighting.eigenvalues
     expected = vectors @ torch.diag((0.1 * values) ** 2) @ vectors.T
     # The standard deviation of a variance from 4000 samples is 2.2 % of it.
@@ -106,28 +96,20 @@ def test_modes_that_cannot_be(folder, kwargs):
         loader_of(folder, 'pad4', **kwargs)
 
 
-def test_timm_refuses_the_modes_without_us(folder):
-    dataset = timm.data.create_dataset('', str(folder), split='train', is_training=True)
-    with pytest.raises(AssertionError):
-        timm.data.create_loader(dataset, input_size=32, batch_size=4, is_training=True, train_crop_mode='pad4')
-
-
 @pytest.mark.parametrize('workers', [0, 2])
 def test_epochs_are_what_they_are_wherever_one_starts(folder, workers):
     def epoch(loader, number):
         loader.dataset.set_epoch(number)
-        return torch.cat([images for images, _ in loader]), torch.rand(3), np.random.rand(3)
+        return [torch.cat([images for images, _ in loader]), torch.rand(3), np.random.rand(3)]
 
-    torch.manual_seed(7)
-    loader = loader_of(folder, 'pad4', num_workers=workers)
-    uncut = [epoch(loader, i) for i in range(3)]
-    torch.manual_seed(7)
-    resumed = epoch(loader_of(folder, 'pad4', num_workers=workers), 2)
-    for a, b in zip(uncut[2], resumed):
-        assert np.array_equal(a, b)
-    assert not torch.equal(uncut[1][0], uncut[2][0])
-    torch.manual_seed(8)
-    assert not torch.equal(epoch(loader_of(folder, 'pad4', num_workers=workers), 2)[0], uncut[2][0])
+    def start(seed):
+        torch.manual_seed(seed)
+        return loader_of(folder, 'pad4', num_workers=workers)
+
+    loader = start(7)
+    _, second, third = (epoch(loader, i) for i in range(3))
+    assert all(np.array_equal(a, b) for a, b in zip(third, epoch(start(7), 2)))
+    assert not torch.equal(second[0], third[0]) and not torch.equal(epoch(start(8), 2)[0], third[0])
 
 
 def test_distributed_order_changes_with_the_epoch(folder):
@@ -135,16 +117,7 @@ def test_distributed_order_changes_with_the_epoch(folder):
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         loader = loader_of(folder, 'pad4', distributed=True)
-        orders = []
-        for epoch in (0, 1, 0):
-            loader.dataset.set_epoch(epoch)
-            orders.append(list(loader.sampler))
+        orders = [loader.dataset.set_epoch(epoch) or list(loader.sampler) for epoch in (0, 1, 0)]
     finally:
         dist.destroy_process_group()
     assert orders[0] == orders[2] != orders[1]
-
-
-def test_validation_is_timms_own(folder):
-    dataset = timm.data.create_dataset('', str(folder), split='train', is_training=False)
-    create_loader(dataset, input_size=(3, 32, 32), batch_size=4, use_prefetcher=False, device='cpu')
-    assert not hasattr(dataset, 'set_epoch')

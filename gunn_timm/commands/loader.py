@@ -14,12 +14,11 @@ from torchvision import transforms
 __all__ = ['CyclicRoll', 'Lighting', 'create_loader']
 
 _timm_create_loader = timm.data.create_loader
+_CROP_MODES = ('pad4', 'pad4+roll', 'rrc+lighting')
 
 
 class CyclicRoll:
-    """Roll an image around along one axis, at random, by a random distance.
-
-    The authors' code does this in CIFAR training, as `Jigsaw`; the paper does not mention it.
+    """Roll an image along one axis by a random distance, as `Jigsaw` of the authors' code; not in the paper.
 
     Args:
         p: Probability of rolling at all.
@@ -55,27 +54,12 @@ class Lighting:
         return image + (self.eigenvectors @ weights).view(3, 1, 1)
 
 
-def _pad_and_crop(steps: List[Callable], size: int) -> List[Callable]:
-    # After normalisation, so that the border is 0, the mean.
-    return [*steps, transforms.RandomCrop(size, padding=4)]
-
-
-def _pad_crop_and_roll(steps: List[Callable], size: int) -> List[Callable]:
-    return [*_pad_and_crop(steps, size), CyclicRoll()]
-
-
-def _light(steps: List[Callable], size: int) -> List[Callable]:
-    at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
-    return [*steps[:at], Lighting(), *steps[at:]]
-
-
-_WHOLE_IMAGE = dict(scale=(1., 1.), ratio=(1., 1.))
-# What to do to timm's transforms, and the arguments with which timm makes them.
-_CROP_MODES = {
-    'pad4': (_pad_and_crop, _WHOLE_IMAGE),
-    'pad4+roll': (_pad_crop_and_roll, _WHOLE_IMAGE),
-    'rrc+lighting': (_light, {}),
-}
+def _change_transform(mode: str, steps: List[Callable], size: int) -> transforms.Compose:
+    if mode == 'rrc+lighting':
+        at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
+        return transforms.Compose([*steps[:at], Lighting(), *steps[at:]])
+    steps = [*steps, transforms.RandomCrop(size, padding=4)]  # after normalisation, so that the border is 0, the mean
+    return transforms.Compose([*steps, CyclicRoll()] if mode == 'pad4+roll' else steps)
 
 
 def _seed_epoch(seed: int, others: List[Any], epoch: int) -> None:
@@ -98,11 +82,10 @@ def create_loader(
 
     Args:
         dataset: Dataset of timm's.
-        args: Passed on.
         is_training: As timm's.
         train_crop_mode: As timm's, or 'pad4' (normalise, pad by 4 pixels of 0, crop at random, paper section 6.2),
             'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
-        kwargs: Passed on.
+        args, kwargs: Passed on.
 
     Returns:
         The loader.
@@ -113,19 +96,20 @@ def create_loader(
     if not is_training:
         return _timm_create_loader(dataset, *args, is_training=is_training, **kwargs)
     kwargs['persistent_workers'] = False
-    change, settings = _CROP_MODES.get(train_crop_mode, (None, {}))
-    if change is not None:
+    mode = train_crop_mode if train_crop_mode in _CROP_MODES else None
+    if mode:
         if kwargs.get('use_prefetcher', True) or kwargs.get('input_size_choices'):
             raise ValueError(
-                f"The crop mode '{train_crop_mode}' needs --no-prefetcher, for it works on normalised images, and "
-                'takes no --train-img-sizes.')
+                f"The crop mode '{mode}' needs --no-prefetcher, for it works on normalised images, and takes no "
+                '--train-img-sizes.')
         train_crop_mode = None
-        kwargs.update(settings)
+        if mode != 'rrc+lighting':
+            kwargs.update(scale=(1., 1.), ratio=(1., 1.))  # the whole image
     loader = _timm_create_loader(dataset, *args, is_training=True, train_crop_mode=train_crop_mode, **kwargs)
-    if change is not None:
-        dataset.transform = transforms.Compose(change(dataset.transform.transforms, kwargs['input_size'][-1]))
+    if mode:
+        dataset.transform = _change_transform(mode, dataset.transform.transforms, kwargs['input_size'][-1])
     # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
-    others = [part.set_epoch for part in (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
-              if hasattr(part, 'set_epoch')]
+    parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
+    others = [part.set_epoch for part in parts if hasattr(part, 'set_epoch')]
     dataset.set_epoch = functools.partial(_seed_epoch, torch.initial_seed(), others)
     return loader

@@ -12,26 +12,20 @@ __all__ = ['create_model', 'predict', 'read_image']
 
 
 def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
-    """`timm.create_model` that offers the nearest names where a name is unknown.
+    """`timm.create_model`, in eval mode, that offers the nearest names where a name is unknown.
 
     Args:
         name: As timm takes it: a registered name with or without tag, or 'hf-hub:...' or 'local-dir:...'.
         kwargs: Passed on.
 
-    Returns:
-        The model in eval mode.
-
     Raises:
         ValueError: No model or tag of that name is registered.
-        RuntimeError: Weights are asked for that do not exist.
     """
     source, _ = timm.models.parse_model_name(name)
-    if source is None:
-        architecture, tag = timm.models.split_model_name_tag(name)
-        names = timm.list_models() + timm.list_models(include_tags=True)
-        if name not in names and (tag or not timm.is_model(architecture)):
-            nearest = difflib.get_close_matches(name, names, n=3)
-            raise ValueError(f"No model '{name}'" + (f"; nearest: {', '.join(nearest)}." if nearest else '.'))
+    names = timm.list_models() + timm.list_models(include_tags=True)
+    if source is None and name not in names and ('.' in name or not timm.is_model(name)):
+        nearest = difflib.get_close_matches(name, names, n=3)
+        raise ValueError(f"No model '{name}'" + (f"; nearest: {', '.join(nearest)}." if nearest else '.'))
     return timm.create_model(name, **kwargs).eval()
 
 
@@ -40,9 +34,6 @@ def read_image(path: Union[str, Path]) -> Image.Image:
 
     Args:
         path: File in any format that Pillow reads, of 8 or 16 bits a channel; 16-bit greyscale keeps its whole range.
-
-    Returns:
-        Image in mode RGB.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -53,11 +44,10 @@ def read_image(path: Union[str, Path]) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
-            image.format = opened.format
+            image, is_png = ImageOps.exif_transpose(opened), opened.format == 'PNG'
     except Exception as e:  # Pillow's decoders raise what they like
         raise ValueError(f"'{path}' is not an image that can be read ({e}).") from e
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):
+    if image.mode.startswith('I;16') or (image.mode == 'I' and is_png):
         # Pillow would clip 16 bits to 8 instead of scaling.
         image = image.convert('I').point(lambda value: value / 257).convert('L')
     if image.mode in ('I', 'F'):
@@ -78,7 +68,7 @@ def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: int = 5
         topk: Classes to return for each.
 
     Returns:
-        For each image the likeliest classes, first the likeliest: index, label and probability.
+        For each image the index, label and probability of the likeliest classes, first the likeliest.
 
     Raises:
         ValueError: The model has no classifier, or `topk` is below 1 or above the number of classes.

@@ -86,11 +86,7 @@ def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tu
 
 
 def fetch_verified(cfg: PretrainedCfg, cache_dir: Optional[str] = None) -> PretrainedCfg:
-    """Put the checked local file of a published weight in the place of its source, wherever that is.
-
-    Args:
-        cfg: Resolved cfg of a model to be created with its weights.
-        cache_dir: Where downloads are kept, instead of the usual caches.
+    """Put the checked local file of a published weight in the place of its source in a resolved cfg.
 
     Returns:
         The cfg to load by; as given where the weights are the user's own.
@@ -140,29 +136,17 @@ def load_checkpoint(model: torch.nn.Module, path: Union[str, Path]) -> None:
         ValueError: The file is no checkpoint, or it is one of another architecture.
     """
     found = _read_checkpoint(path)
-    expected = model.state_dict()
-    problems = []
-    for what, keys in (
-            ('missing', [k for k in expected if k not in found]),
-            ('unexpected', [k for k in found if k not in expected]),
-            ('of another shape', [
-                f'{k} {tuple(found[k].shape)} for {tuple(expected[k].shape)}'
-                for k in expected if k in found and found[k].shape != expected[k].shape]),
-    ):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
-    if problems:
-        raise ValueError(f"'{path}' does not fit {type(model).__name__} as configured: {'; '.join(problems)}.")
+    there, here = ({key: tuple(value.shape) for key, value in d.items()} for d in (found, model.state_dict()))
+    wrong = [key for key in {**here, **there} if there.get(key) != here.get(key)]
+    if wrong:
+        raise ValueError(
+            f"'{path}' does not fit {type(model).__name__} as configured: {len(wrong)} tensors differ. '{wrong[0]}' "
+            f'has shape {there.get(wrong[0])} there and {here.get(wrong[0])} here (None: there is none).')
     model.load_state_dict(found)
 
 
 def write_file(path: Union[str, Path], content: bytes) -> None:
-    """Write a file as a whole or not at all: under another name first, which it then takes the place of.
-
-    Args:
-        path: The file; what was there is replaced.
-        content: What to write.
-    """
+    """Write or replace a file as a whole or not at all: under another name first, which is then changed."""
     temporary = Path(f'{path}.{os.getpid()}.tmp')
     try:
         temporary.write_bytes(content)

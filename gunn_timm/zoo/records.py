@@ -129,22 +129,14 @@ def _read(cls: type, name: str, path: Path, fields: Any) -> Any:
 
 @lru_cache(maxsize=None)
 def model_infos() -> Dict[str, ModelInfo]:
-    """Read what is known of every registered tag, by name.
-
-    Raises:
-        ValueError: The file is damaged, or says less, more or other than it should; the message names file and key.
-    """
+    """Read what is known of every registered tag, by name; ValueError names what is wrong with the file."""
     path = _weights_dir() / 'models.yaml'
     return {name: _read(ModelInfo, name, path, fields) for name, fields in _read_mapping(path).items()}
 
 
 @lru_cache(maxsize=None)
 def weights_records() -> Dict[str, WeightsRecord]:
-    """Read the records of all weights that exist, by name.
-
-    Raises:
-        ValueError: A file is damaged, or says less, more or other than it should; the message names file and key.
-    """
+    """Read the records of all weights that exist, by name; ValueError names what is wrong with a file."""
     paths = [_weights_dir() / f'{name}.yaml' for name in model_infos()]
     return {path.stem: _read(WeightsRecord, path.stem, path, _read_mapping(path)) for path in paths if path.is_file()}
 
@@ -155,14 +147,7 @@ def available_weights() -> str:
 
 
 def find_record(name: str) -> WeightsRecord:
-    """Look up the record of a weight.
-
-    Args:
-        name: Architecture and tag.
-
-    Raises:
-        ValueError: There is no such weight.
-    """
+    """Look up the record of a weight by architecture and tag; ValueError says which there are."""
     if name not in weights_records():
         raise ValueError(f"No weights '{name}'; weights exist for: {available_weights()}.")
     return weights_records()[name]
@@ -175,13 +160,7 @@ def license_path() -> Path:
 
 
 def pretrained_source(name: str) -> Dict[str, Any]:
-    """Entries of a tag's default cfg that say where its weights are: none, if there are none.
-
-    The file that came with the package goes before the hub, and that before another address.
-
-    Args:
-        name: Architecture and tag.
-    """
+    """Entries of a tag's default cfg that say where its weights are: a file, else the hub, else a URL, else nothing."""
     path = _weights_dir() / f'{name}.safetensors'
     if path.is_file():
         return {'file': str(path)}
@@ -194,13 +173,9 @@ def pretrained_source(name: str) -> Dict[str, Any]:
 
 
 def probe_images(input_size: Sequence[int]) -> torch.Tensor:
-    """Make the images on which a record keeps logits, to tell whether a network still computes what it did.
+    """Make four images of size (C, H, W), smooth patterns of mean 0 and variance about 1, shape (4, C, H, W).
 
-    Args:
-        input_size: Channels, height and width.
-
-    Returns:
-        Smooth patterns of mean 0 and variance about 1, shape (4, C, H, W).
+    A record keeps logits of them, to tell whether a network still computes what it did.
     """
     channels, height, width = input_size
     y = torch.linspace(-1, 1, height).view(1, 1, -1, 1)

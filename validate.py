@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
+import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy, check_batch_size_retry, decay_batch_step
@@ -25,7 +26,6 @@ from tqdm import tqdm
 
 import gunn_timm  # noqa: F401
 from gunn_timm._timm import search_split
-from gunn_timm.commands.predict import create_model
 from gunn_timm.zoo.files import load_checkpoint, write_file
 from gunn_timm.zoo.records import WeightsRecord, probe_images, weights_records
 
@@ -181,7 +181,7 @@ def validate(
     if args.ensemble and (args.checkpoint or args.logits_file):
         raise ValueError('--ensemble goes without --checkpoint and --logits-file.')
     kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    model = create_model(args.model, pretrained=not checkpoints, **kwargs)
+    model = timm.create_model(args.model, pretrained=not checkpoints, **kwargs).eval()
     record = _published_record(args, model)
     if args.check and record is None:
         raise ValueError(

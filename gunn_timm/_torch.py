@@ -10,11 +10,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
-__all__ = [
-    'is_batched', 'is_plain_pointwise', 'is_recorded', 'is_transformed', 'is_watched', 'raise_recompile_limit',
-    'runs_forward_only',
-]
-
 _TENSORS = (nn.Parameter, torch.Tensor)
 _functorch = getattr(torch._C, '_functorch', None)
 _is_batched = getattr(_functorch, 'is_batchedtensor', lambda tensor: False)

@@ -414,13 +414,8 @@ def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
                 f'{available_weights()}. Use `pretrained=False` for random init.')
         kwargs['pretrained_cfg'] = fetch_verified(cfg, kwargs.get('cache_dir')).to_dict(remove_null=False)
     num_maps = len(kwargs['channels']) + (kwargs['layout'] == 'imagenet')
-    return build_model_with_cfg(
-        Gunn,
-        variant,
-        pretrained,
-        feature_cfg=dict(out_indices=tuple(range(num_maps)), flatten_sequential=True, feature_cls=GunnFeatures),
-        **kwargs,
-    )
+    feature_cfg = dict(out_indices=tuple(range(num_maps)), flatten_sequential=True, feature_cls=GunnFeatures)
+    return build_model_with_cfg(Gunn, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 @register_model

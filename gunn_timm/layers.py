@@ -3,6 +3,7 @@
 Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - https://arxiv.org/abs/1711.09280
 """
 import contextlib
+import copy
 import functools
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -15,14 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torchvision.ops import FrozenBatchNorm2d
 
-from ._torch import (
-    is_plain_pointwise,
-    is_recorded,
-    is_transformed,
-    is_watched,
-    raise_recompile_limit,
-    runs_forward_only,
-)
+from . import _torch
 from .gradual import gradual_update
 
 __all__ = ['GunnConv', 'GunnBottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
@@ -87,8 +81,8 @@ class GunnConv(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         if (
-                self.kernel_size == 1 and is_plain_pointwise(self.conv)
-                and not (is_recorded() or is_transformed() or is_watched())
+                self.kernel_size == 1 and _torch.is_plain_pointwise(self.conv)
+                and not (_torch.is_recorded() or _torch.is_transformed() or _torch.is_watched())
                 and type(x) is torch.Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
         ):
             # oneDNN brings a convolution's weights into its own order at every call; a matrix product takes them as
@@ -110,16 +104,13 @@ class GunnConv(nn.Module):
         conv, norm = self.conv, self.bn
         if (
                 not isinstance(norm, BATCH_NORMS) or norm.running_mean is None
-                or not runs_forward_only(conv, nn.Conv2d) or not runs_forward_only(norm, type(norm))
+                or not _torch.runs_forward_only(conv, nn.Conv2d) or not _torch.runs_forward_only(norm, type(norm))
         ):
             return
-        # On the meta device, for the parameters are replaced at once.
-        fused = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, stride=conv.stride, padding=conv.padding,
-            dilation=conv.dilation, groups=conv.groups, padding_mode=conv.padding_mode, device='meta')
+        fused = copy.deepcopy(conv)
         fused.weight, fused.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        self.conv, self.bn = fused.train(conv.training), nn.Identity()
+        self.conv, self.bn = fused, nn.Identity()
 
 
 class GunnBottleneck(nn.Module):
@@ -227,11 +218,11 @@ class UpdateUnit(nn.Module):
         # By the dictionaries of the modules: as attributes they take several times as long.
         own = self._modules
         block, shortcut = own['blocks']._modules['0'], own.get('shortcut')
-        if not runs_forward_only(self, UpdateUnit) or not runs_forward_only(block, GunnBottleneck):
+        if not _torch.runs_forward_only(self, UpdateUnit) or not _torch.runs_forward_only(block, GunnBottleneck):
             return None
         convs = []
         for part in (block._modules['conv1'], shortcut) if shortcut else (block._modules['conv1'],):
-            if not runs_forward_only(part, GunnConv) or not is_plain_pointwise(part._modules['conv']):
+            if not _torch.runs_forward_only(part, GunnConv) or not _torch.is_plain_pointwise(part._modules['conv']):
                 return None
             convs.append(part._modules['conv'])
         return convs
@@ -363,7 +354,7 @@ class GunnLayer(nn.Module):
         if isinstance(x, torch.Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
             device = x.device.type
             # PyTorch 2.6 cannot compile the first question; what is compiled is on a device that has autocast.
-            if (is_recorded() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
+            if (_torch.is_recorded() or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
                 x = x.to(torch.get_autocast_dtype(device))
         reason, convs = self._choose(x)
         if not reason:
@@ -384,15 +375,15 @@ class GunnLayer(nn.Module):
         """Return why the layer must call its units on concatenated channels, or '' and their reading convolutions."""
         if self.backend == 'plain':
             return "the backend is 'plain'", []
-        if is_recorded():
+        if _torch.is_recorded():
             return 'the layer is being traced, exported or compiled', []
         if type(x) not in (torch.Tensor, nn.Parameter):
             return 'the input is no ordinary tensor', []
         if x.device.type == 'meta' or not x.numel():
             return 'the input has no memory', []
-        if is_transformed():
+        if _torch.is_transformed():
             return 'torch.func or forward-mode differentiation is at work', []
-        if is_watched():
+        if _torch.is_watched():
             return 'hooks of all modules or a TorchFunctionMode are at work', []
         convs = []
         for index, unit in enumerate(self.units._modules.values()):
@@ -468,7 +459,7 @@ def compile_units(model: nn.Module, **kwargs: Any) -> None:
     if not layers:
         raise ValueError(f'{type(model).__name__} has no update units to compile.')
     # A kind of unit may be compiled for training and inference, and for several image sizes.
-    raise_recompile_limit(32 * len({repr(unit) for layer in layers for unit in layer.units}))
+    _torch.raise_recompile_limit(32 * len({repr(unit) for layer in layers for unit in layer.units}))
     compiled = torch.compile(UpdateUnit.from_reads, **{'dynamic': False, **kwargs})
     for layer in layers:
         layer.from_reads = compiled

@@ -27,7 +27,7 @@ def test_readme_table_is_current(capsys):
 @pytest.mark.parametrize('argv, message', [
     (['predict', 'missing.jpg'], "No image 'missing.jpg'."),
     (['predict', __file__], 'is not an image that can be read'),
-    (['predict', PHOTO, '--model', 'gunn51'], "No model 'gunn51'; nearest: gunn"),
+    (['predict', PHOTO, '--model', 'gunn51'], 'Unknown model (gunn51)'),
     (['predict', PHOTO, '--model', 'sunn24'], 'No pretrained weights exist for sunn24.cifar10'),
     (['predict', PHOTO, '--model', 'org/gunn15'], "Use 'hf-hub:org/gunn15'"),
     (['summary', 'resnet18'], 'must be a Gunn, for its layers are what is looked at; got ResNet'),

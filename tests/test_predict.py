@@ -1,3 +1,4 @@
+"""Reading images, finding models by name, and classifying."""
 import numpy as np
 import pytest
 import timm
@@ -5,7 +6,7 @@ import torch
 from conftest import ROOT, create_tiny
 from PIL import Image
 
-from gunn_timm.commands.predict import create_model, predict, read_image
+from gunn_timm.commands.predict import predict, read_image
 
 PHOTO = ROOT / 'assets' / 'cat.jpg'
 
@@ -75,15 +76,6 @@ def test_bad_images(tmp_path):
         (tmp_path / 'part.jpg').write_bytes(whole[:length])
         with pytest.raises(ValueError, match='part.jpg.* is not an image that can be read'):
             read_image(tmp_path / 'part.jpg')
-
-
-def test_unknown_names_offer_the_nearest():
-    with pytest.raises(ValueError, match="No model 'gun15'; nearest: gunn15"):
-        create_model('gun15')
-    with pytest.raises(ValueError, match=r"No model 'gunn15.cifar1O'; nearest: gunn15.cifar10"):
-        create_model('gunn15.cifar1O')
-    with pytest.raises(ValueError, match="No model '§§§'.$"):
-        create_model('§§§')
 
 
 def test_predict_is_softmax_of_the_transformed_image():

@@ -186,7 +186,7 @@ def test_comparison_with_the_record(trained, expected, arguments, capsys, monkey
     (['--split', 'train'], "has no folder for the split 'train'; folders there: test."),
     (['--data-dir', 'missing'], "No data at 'missing'."),
     (['--num-classes', '3'], "'fc.weight' has shape (10, 360) there and (3, 360) here"),
-    (['--model', 'gunn16'], "No model 'gunn16'; nearest: gunn"),
+    (['--model', 'gunn16'], 'Unknown model (gunn16)'),
     (['--checkpoint', 'missing.pth'], "No checkpoint 'missing.pth'."),
     (['--check'], '--check needs published weights'),
     (['--ensemble', 'a.pth'], '--ensemble goes without --checkpoint and --logits-file.'),

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 from typing import Callable, Optional, Sequence
 
+import timm
+
 from ..zoo.files import load_checkpoint
 from ..zoo.hub import model_card, publish
 from ..zoo.records import find_record, model_infos, weights_records
 from .export import FORMATS, check_export, export_model
-from .predict import create_model, predict, read_image
+from .predict import predict, read_image
 from .run import run_script
 from .summary import format_summary, summarize
 
@@ -18,7 +20,7 @@ __all__ = ['main']
 
 def _predict(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.images]
-    results = predict(create_model(args.model, pretrained=True), images, args.topk)
+    results = predict(timm.create_model(args.model, pretrained=True).eval(), images, args.topk)
     if args.json:
         print(json.dumps([dict(image=path, predictions=top) for path, top in zip(args.images, results)], indent=2))
         return
@@ -45,7 +47,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _summary(args: argparse.Namespace) -> None:
-    print(format_summary(summarize(create_model(args.model, device='meta'), args.image_size)))
+    print(format_summary(summarize(timm.create_model(args.model, device='meta'), args.image_size)))
 
 
 def _card(args: argparse.Namespace) -> None:
@@ -70,7 +72,7 @@ def _publish(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     if args.num_classes is not None and not args.checkpoint:
         raise ValueError('--num-classes goes with --checkpoint.')
-    model = create_model(args.model, pretrained=not args.checkpoint, num_classes=args.num_classes)
+    model = timm.create_model(args.model, pretrained=not args.checkpoint, num_classes=args.num_classes)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
         model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': None}  # of the classes of other weights

@@ -87,9 +87,6 @@ def create_loader(
             'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
         args, kwargs: Passed on.
 
-    Returns:
-        The loader.
-
     Raises:
         ValueError: The mode goes with one image size, and with images that are normalised on the CPU.
     """

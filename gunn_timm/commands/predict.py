@@ -1,32 +1,12 @@
 """From the name of a model and the paths of images to class names with probabilities."""
-import difflib
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
-import timm
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
-__all__ = ['create_model', 'predict', 'read_image']
-
-
-def create_model(name: str, **kwargs: Any) -> torch.nn.Module:
-    """`timm.create_model`, in eval mode, that offers the nearest names where a name is unknown.
-
-    Args:
-        name: As timm takes it: a registered name with or without tag, or 'hf-hub:...' or 'local-dir:...'.
-        kwargs: Passed on.
-
-    Raises:
-        ValueError: No model or tag of that name is registered.
-    """
-    source, _ = timm.models.parse_model_name(name)
-    names = timm.list_models() + timm.list_models(include_tags=True)
-    if source is None and name not in names and ('.' in name or not timm.is_model(name)):
-        nearest = difflib.get_close_matches(name, names, n=3)
-        raise ValueError(f"No model '{name}'" + (f"; nearest: {', '.join(nearest)}." if nearest else '.'))
-    return timm.create_model(name, **kwargs).eval()
+__all__ = ['predict', 'read_image']
 
 
 def read_image(path: Union[str, Path]) -> Image.Image:

@@ -21,12 +21,7 @@ HUB_FILE = 'model.safetensors'
 
 
 def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> None:
-    """Check that a file of weights is the one that was published.
-
-    Args:
-        path: The file.
-        sha256: Its published hash, hexadecimal.
-        downloaded: Remove the file from the cache if it is another.
+    """Check that a file has the published SHA-256, and remove it from its cache if it has not and was downloaded.
 
     Raises:
         FileNotFoundError: The file is missing.

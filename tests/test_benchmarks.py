@@ -53,7 +53,7 @@ def test_no_gpu_is_said(capsys, monkeypatch):
 
 
 def test_grouped_baseline_is_the_same_network():
-    """Its weights are the units', put side by side; what it computes is then the same."""
+    """With the units' weights put side by side."""
     sunn, grouped = subjects.create('sunn18', tiny=True), subjects.create('sunn18:grouped', tiny=True)
     assert sum(p.numel() for p in sunn.parameters()) == sum(p.numel() for p in grouped.parameters())
     grouped.load_state_dict(sunn.state_dict(), strict=False)

@@ -37,10 +37,9 @@ def test_is_the_formula_and_with_one_segment_timms_own_block(num_segments, train
     x = torch.randn(3, 16, 5, 5).double().requires_grad_()
     x_block = x.detach().clone().requires_grad_()
     y, expected = gradual(x), block(x_block) if num_segments == 1 else literal(block, x_block, num_segments)
-    torch.testing.assert_close(y, expected)
-    (y ** 2).sum().backward()
-    (expected ** 2).sum().backward()
-    torch.testing.assert_close(x.grad, x_block.grad)
+    for out in (y, expected):
+        out.square().sum().backward()
+    torch.testing.assert_close((y, x.grad), (expected, x_block.grad))
     assert_same_gradients(gradual, block, 1e-10)  # rounding errors of float64
     if num_segments == 1:
         torch.testing.assert_close(gradual.state_dict(), block.state_dict())
@@ -57,6 +56,6 @@ def test_command(tmp_path, capsys):
     plain, *ordered = (results['networks'][name] for name in experiment.NETWORKS)
     assert ordered == [{**plain, 'ordered': ['layer1.0', 'layer1.1', 'layer2.1', 'layer3.1']}] * 2
     # The residual branches start as nothing, so in the first step the order has nothing to act on.
-    losses = [run['curve'][0]['train_loss'] for run in results['runs']]
-    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
+    first, *others = (run['curve'][0]['train_loss'] for run in results['runs'])
+    assert others == pytest.approx([first] * 2, rel=1e-6)
     assert (tmp_path / 'table.md').read_text().endswith(capsys.readouterr().out) and (tmp_path / 'curves.png').is_file()

@@ -101,6 +101,7 @@ def test_code_on_the_card_runs(run, tmp_path):
 
 def test_every_record_belongs_to_a_tag():
     assert {path.stem for path in (ROOT / 'weights').glob('*.*.yaml')} == set(weights_records())
+    assert all(record.file == record.path.name for record in weights_records().values())
 
 
 @pytest.fixture

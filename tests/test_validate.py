@@ -170,7 +170,7 @@ def test_comparison_with_the_record(trained, expected, arguments, capsys, monkey
     record = WeightsRecord(
         'gunn15.cifar10', '', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5), {}, '')
     monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
-    monkeypatch.setattr(validate, 'create_model', lambda name, pretrained: trained if pretrained else None)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained if pretrained else None)
     arguments[arguments.index('--checkpoint') + 1] = ''
     assert validate.main([*arguments, '--check']) == 0
     assert f'record of gunn15.cifar10: top-1 {top1}, top-5 {top5}' in capsys.readouterr().out

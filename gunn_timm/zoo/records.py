@@ -47,7 +47,7 @@ class WeightsRecord:
 
     Attributes:
         name: Architecture and tag, 'gunn15.cifar10'.
-        file: Name of the safetensors file beside the record.
+        file: Name of the safetensors file beside the record, NAME.safetensors.
         sha256: SHA-256 of the file, hexadecimal.
         size: Size of the file in bytes.
         dtype: Type the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'.
@@ -84,7 +84,7 @@ class WeightsRecord:
     @property
     def path(self) -> Path:
         """Where the file lies if it came with the package."""
-        return _weights_dir() / self.file
+        return _weights_dir() / f'{self.name}.safetensors'
 
     @property
     def how_measured(self) -> str:

@@ -6,8 +6,7 @@ Paper: `Gradually Updated Neural Networks for Large-Scale Image Recognition` - h
 Written from the paper. What it leaves open (the projection in the CIFAR units, the stems and transitions, the init)
 follows the authors' Torch7 code, https://github.com/joe-siyuan-qiao/GUNN (BSD); no code was taken from there.
 
-The number in a name is the paper's: it counts each GUNN layer as one block of four convolutions for the CIFAR networks
-(three for ImageNet), though a gradual layer is in effect as deep as it has segments.
+The number in a name is the paper's, which counts a layer as one block of four convolutions (CIFAR) or three (ImageNet).
 """
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -289,15 +288,12 @@ class Gunn(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Remove in place what the asked feature maps do not need.
+        """Remove in place what the asked feature maps do not need, and return the indices of those that are kept.
 
         Args:
             indices: Maps to keep: the last n if an int, else those of these indices.
             prune_norm: Remove the last 1x1 convolution of the CIFAR layout too.
             prune_head: Remove the classifier.
-
-        Returns:
-            Indices of the maps that are kept.
         """
         num_maps = len(self.feature_info)
         num_stem_maps = num_maps - len(self.stages)

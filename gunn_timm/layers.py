@@ -21,7 +21,6 @@ from .gradual import gradual_update
 
 __all__ = ['GunnConv', 'GunnBottleneck', 'UpdateUnit', 'GunnLayer', 'compile_units', 'set_backend']
 
-# Those that are one factor and one summand a channel, by their running statistics.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 BACKENDS = ('auto', 'plain', 'gradual')
 
@@ -34,6 +33,14 @@ def _as_matrix(weight: torch.Tensor) -> torch.Tensor:
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """Compute a pointwise convolution as a matrix product; the output is in channels_last format."""
     return F.linear(x.permute(0, 2, 3, 1), _as_matrix(weight), bias).permute(0, 3, 1, 2)
+
+
+def _biases(convs: List[List[nn.Conv2d]]) -> List[List[torch.Tensor]]:
+    """Return biases, zeros where only others have one (as fusing leaves norms with hooks alone), or none at all."""
+    if all(conv.bias is None for read in convs for conv in read):
+        return [[] for _ in convs]
+    zeros = [[conv.weight.new_zeros(len(conv.weight)) for conv in read] for read in convs]
+    return [[z if c.bias is None else c.bias for c, z in zip(*unit)] for unit in zip(convs, zeros)]
 
 
 class GunnConv(nn.Module):
@@ -267,9 +274,8 @@ class GunnLayer(nn.Module):
     """A convolutional layer whose channels are updated segment by segment (paper Algorithm 1).
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
-    Two ways to run that have the same result: Algorithm 1 on one running state, in training and inference, and
-    concatenating before every unit, where more is asked of the layer than values and first derivatives (`set_backend`).
-    The unordered baseline needs neither.
+    It runs by Algorithm 1 on one running state, or concatenates before every unit where more is asked than values and
+    first derivatives (`set_backend`), with the same result.
 
     Args:
         channels: Channels of the layer, N of the paper.
@@ -395,14 +401,14 @@ class GunnLayer(nn.Module):
 
     def _gradual(self, x: torch.Tensor, convs: List[List[nn.Conv2d]]) -> torch.Tensor:
         weights = [[_as_matrix(conv.weight) for conv in read] for read in convs]
-        biases = [[conv.bias for conv in read if conv.bias is not None] for read in convs]
+        biases = _biases(convs)
         if torch.is_autocast_enabled(x.device.type):
             weights, biases = ([[p.to(x.dtype) for p in unit] for unit in params] for params in (weights, biases))
         return gradual_update(x, weights, biases, self._functions(), self.residual, self.block_size)
 
     def _unordered(self, x: torch.Tensor, convs: List[List[nn.Conv2d]]) -> torch.Tensor:
         read = [conv for unit in convs for conv in unit]
-        biases = [conv.bias for conv in read if conv.bias is not None]
+        biases = sum(_biases(convs), [])
         product = _multiply(x, torch.cat([conv.weight for conv in read]), torch.cat(biases) if biases else None)
         parts = iter(product.split([conv.out_channels for conv in read], dim=1))
         y = torch.cat([

@@ -583,6 +583,18 @@ def test_training_of_fused_units(variant):
     assert_same_grads(gradual, plain)
 
 
+@pytest.mark.parametrize('variant', ['cifar', 'sunn'])
+def test_partly_fused_units(variant):
+    """A norm with a hook is left as it is, so that some convolutions have a bias and others have none."""
+    layer = make_layer(variant).eval()
+    kept = []
+    layer.units[0].blocks[0].conv1.bn.register_forward_hook(lambda module, args, out: kept.append(out))
+    fused = timm.utils.reparameterize_model(layer)
+    convs = [unit.blocks[0].conv1.conv for unit in fused.units]
+    assert convs[0].bias is None and convs[1].bias is not None and not reason(fused, make_input())
+    assert relative(fused(make_input()), layer(make_input())) <= 1e-13 and kept
+
+
 # Activation checkpointing and saved tensors.
 
 

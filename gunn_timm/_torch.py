@@ -17,7 +17,8 @@ _is_legacy_batched = getattr(_functorch, 'is_legacy_batchedtensor', lambda tenso
 _functorch_is_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: True)
 _get_function_mode = getattr(torch.overrides, '_get_current_function_mode', lambda: None)
 _count_function_modes = getattr(torch._C, '_len_torch_function_stack', lambda: 2)
-_has_global_hooks = getattr(nn_module, '_has_any_global_hook', lambda: True)
+_GLOBAL_HOOKS = [getattr(nn_module, f'_global_{n}_hooks', [True]) for n in (
+    'forward_pre', 'forward', 'backward_pre', 'backward')]
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
@@ -38,7 +39,7 @@ def is_transformed() -> bool:
 def is_watched() -> bool:
     """Whether hooks of all modules are set, or a TorchFunctionMode is on that is not that of the default device."""
     count = _count_function_modes()
-    return _has_global_hooks() or count > 1 or (count == 1 and type(_get_function_mode()) is not DeviceContext)
+    return any(_GLOBAL_HOOKS) or count > 1 or (count == 1 and type(_get_function_mode()) is not DeviceContext)
 
 
 def runs_forward_only(module: nn.Module, kind: type) -> bool:

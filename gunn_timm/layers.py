@@ -92,8 +92,7 @@ class GunnConv(nn.Module):
                 and not (_torch.is_recorded() or _torch.is_transformed() or _torch.is_watched())
                 and type(x) is torch.Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
         ):
-            # oneDNN brings a convolution's weights into its own order at every call; a matrix product takes them as
-            # they are.
+            # oneDNN brings a convolution's weights into its own order at every call, a matrix product does not.
             return _multiply(x, self.conv.weight, self.conv.bias)
         return self.conv(x)
 

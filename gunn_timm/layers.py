@@ -39,8 +39,7 @@ def _biases(convs: List[List[nn.Conv2d]]) -> List[List[torch.Tensor]]:
     """Return biases, zeros where only others have one (as fusing leaves norms with hooks alone), or none at all."""
     if all(conv.bias is None for read in convs for conv in read):
         return [[] for _ in convs]
-    zeros = [[conv.weight.new_zeros(len(conv.weight)) for conv in read] for read in convs]
-    return [[z if c.bias is None else c.bias for c, z in zip(*unit)] for unit in zip(convs, zeros)]
+    return [[c.weight.new_zeros(len(c.weight)) if c.bias is None else c.bias for c in read] for read in convs]
 
 
 class GunnConv(nn.Module):

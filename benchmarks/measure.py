@@ -83,8 +83,7 @@ class Workload:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def _train_step(self) -> None:
-        # Kept, so that a captured graph finds them where they were.
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         with self._autocast():
             out = self.call(self.images)
         out.float().square().mean().backward()

@@ -61,8 +61,10 @@ class _Block:
     """Channels that a block of units updates, rows of its weights in their concatenation, and gradient of that."""
     needs_weight_grad, weight_grad = False, None
 
-    def __init__(self, first: int, last: int, rows: Sequence[slice]):
-        self.own, self.others, self.rows = slice(first, last), (slice(0, first), slice(last, None)), rows
+    def __init__(self, first: int, last: int, channels: int, rows: Sequence[slice]):
+        self.own, self.rows = slice(first, last), rows
+        # A first product of no channels would fill its output with zeros.
+        self.others = (slice(0, first), slice(last, channels))[::1 if first else -1]
 
 
 class _ReadOthers(torch.autograd.Function):
@@ -75,9 +77,9 @@ class _ReadOthers(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         ctx.block, block.needs_weight_grad = block, any(ctx.needs_input_grad[4:])
         weight, rows = torch.cat(weights), _rows(state)
-        left, right = ((rows[:, columns], weight[:, columns].t()) for columns in block.others)
-        product = torch.mm(*left) if bias is None else torch.addmm(bias, *left)
-        product.addmm_(*right)
+        first, second = ((rows[:, columns], weight[:, columns].t()) for columns in block.others)
+        product = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
+        product.addmm_(*second)
         return tuple(product[:, columns] for columns in block.rows)
 
     @staticmethod
@@ -109,8 +111,8 @@ class _ReadOwn(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         outs = []
         for weight, part in zip(weights, parts):
-            shape, like = (len(state), len(weight), *state.shape[2:]), dict(dtype=state.dtype, device=state.device)
-            outs.append(torch.empty(shape, memory_format=torch.channels_last, **like))
+            like = dict(dtype=state.dtype, device=state.device, memory_format=torch.channels_last)
+            outs.append(torch.empty(len(state), len(weight), *state.shape[2:], **like))
             torch.addmm(part, _rows(state)[:, block.own], weight[:, block.own].t(), out=_rows(outs[-1]))
         return tuple(outs)
 
@@ -122,8 +124,7 @@ class _ReadOwn(torch.autograd.Function):
         part_grads = [_rows(grad.contiguous(memory_format=torch.channels_last)) for grad in grads]
         if block.needs_weight_grad and block.weight_grad is None:
             block.weight_grad = part_grads[0].new_empty(block.rows[-1].stop, shared.state.shape[1])
-            # What a unit drops has no gradient, and this function is not called for it.
-            block.weight_grad[:, own].zero_()
+            block.weight_grad[:, own].zero_()  # this function is not called for what a unit drops
         for weight, rows, grad in zip(ctx.saved_tensors, ctx.rows, part_grads):
             if block.needs_weight_grad:
                 torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[rows, own])
@@ -155,8 +156,7 @@ class _Update(torch.autograd.Function):
             shared.start(*saved, grad)
         shared.state[:, segment].copy_(shared.x[:, segment])
         state_grad = shared.grad
-        # A copy, for what is read of the segment adds to its gradient.
-        out_grad = state_grad[:, segment].clone(memory_format=torch.channels_last)
+        out_grad = state_grad[:, segment].clone(memory_format=torch.channels_last)  # what is read of it adds to it
         if not ctx.residual:
             state_grad[:, segment].zero_()
         shared.finish_one()
@@ -190,7 +190,7 @@ def gradual_update(
         units = range(first, min(first + block_size, len(functions)))
         read, bias = ([tensor for index in units for tensor in tensors[index]] for tensors in (weights, biases))
         stops = list(accumulate(map(len, read), initial=0))
-        block = _Block(size * first, size * units.stop, [slice(*ends) for ends in zip(stops, stops[1:])])
+        block = _Block(size * first, size * units.stop, x.shape[1], [slice(*ends) for ends in zip(stops, stops[1:])])
         parts = zip(block.rows, _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read))
         for index in units:
             rows, own_parts = zip(*islice(parts, len(weights[index])))

@@ -15,12 +15,13 @@ import json
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from PIL import Image
+from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_loader, resolve_data_config
 from timm.utils import accuracy, check_batch_size_retry, decay_batch_step
 from tqdm import tqdm
 
@@ -31,26 +32,45 @@ from gunn_timm.zoo.records import WeightsRecord, probe_images, weights_records
 
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
+_INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
+
+
+def _number(kind: type, least: float, most: float = float('inf')) -> Callable[[str], Any]:
+    """Make an argument's type: a number within limits."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            limits = f'of at least {least}' if most == float('inf') else f'from {least} to {most}'
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__} {limits}; got '{text:.20}'")
+        return value
+    return parse
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n')[0], usage='%(prog)s --model NAME --data-dir DIR [OPTIONS]; --help lists them')
     data = parser.add_argument_group('data')
     data.add_argument('--data-dir', required=True, metavar='DIR', help='folder or tar file of the dataset')
     data.add_argument('--dataset', default='', metavar='NAME', help="type and name, 'torch/cifar10' say; else images")
     data.add_argument('--split', default='validation', metavar='NAME', help='split (default: validation)')
     data.add_argument('--dataset-download', action='store_true', help='let a torch/ dataset download itself')
-    data.add_argument('--workers', '-j', type=int, default=2, metavar='N', help='loader processes (default: 2)')
-    data.add_argument('--batch-size', '-b', type=int, default=256, metavar='N',
+    data.add_argument('--workers', '-j', type=_number(int, 0), default=2, metavar='N', help='loader processes (default: 2)')
+    data.add_argument('--batch-size', '-b', type=_number(int, 1), default=256, metavar='N',
                       help='batch size to begin with; made smaller when memory runs out (default: 256)')
-    data.add_argument('--img-size', type=int, metavar='N', help="image size (default: the model's)")
-    data.add_argument('--crop-pct', type=float, metavar='X', help="share of the image to crop (default: the model's)")
-    data.add_argument('--interpolation', default='', metavar='NAME', help="resizing (default: the model's)")
+    data.add_argument('--img-size', type=_number(int, 1), metavar='N', help="image size (default: the model's)")
+    data.add_argument('--crop-pct', type=_number(float, 0.1, 1.), metavar='X',
+                      help="share of the image to crop (default: the model's)")
+    data.add_argument('--interpolation', default='', choices=_INTERPOLATIONS, metavar='NAME',
+                      help="resizing (default: the model's)")
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='gunn15', metavar='NAME', help="model, as timm names it (default: 'gunn15')")
     model.add_argument('--checkpoint', default='', metavar='FILE', help='evaluate these, not the published weights')
     model.add_argument('--ensemble', nargs='+', metavar='FILE',
                        help='evaluate each, and the averages of the probabilities of the first two, three and so on')
-    model.add_argument('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
+    model.add_argument('--num-classes', type=_number(int, 1), metavar='N', help="number of classes (default: the model's)")
     run = parser.add_argument_group('run')
     run.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
     run.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')
@@ -61,12 +81,38 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument('--logits-file', default='', metavar='FILE',
                      help='write logits and targets of all images there, in safetensors format')
     run.add_argument('--check', action='store_true', help='exit with 1 if top-1 is off the record by over --tolerance')
-    run.add_argument('--tolerance', type=float, default=0.01, metavar='POINTS',
+    run.add_argument('--tolerance', type=_number(float, 0.), default=0.01, metavar='POINTS',
                      help='percentage points that --check lets pass (default: 0.01)')
     return parser
 
 
-def _create_dataset(args: argparse.Namespace, num_classes: int) -> Any:
+class _EveryImage(ImageDataset):
+    """timm's dataset, which takes the next image for one that cannot be read; this does not."""
+
+    def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
+        file, target = self.reader[index]
+        try:
+            image = Image.open(file).convert('RGB')
+        except Exception as e:  # Pillow's decoders raise what they like
+            raise ValueError(f"'{self.filename(index, absolute=True)}' is not an image that can be read.") from e
+        return self.transform(image), target
+
+
+def _check_classes(names: Sequence[str], labels: Sequence[str], model: torch.nn.Module) -> None:
+    """Compare the classes of the data, in order, with those of the weights, if they have names."""
+    if len(names) != model.num_classes:
+        raise ValueError(
+            f'The data has {len(names)} classes and the model {model.num_classes}; give data of its classes, or '
+            '--num-classes and --checkpoint.')
+    imagenet = ImageNetInfo()
+    descriptions = dict(zip(imagenet.label_names(), imagenet.label_descriptions()))
+    for index, (name, label) in enumerate(zip(names, labels)):
+        found = descriptions.get(name, name).split(', ')
+        if label.replace('_', ' ').lower() not in [word.replace('_', ' ').lower() for word in found]:
+            raise ValueError(f"Class {index} of the data is '{name}', and of the weights '{label}'.")
+
+
+def _create_dataset(args: argparse.Namespace, model: torch.nn.Module) -> Any:
     root = Path(args.data_dir)
     if not root.exists():
         raise FileNotFoundError(f"No data at '{root}'.")
@@ -80,12 +126,12 @@ def _create_dataset(args: argparse.Namespace, num_classes: int) -> Any:
         if len(found) > 1:
             raise ValueError(f"'{root}' holds several splits, {', '.join(found)}; give a tar file of one.")
     dataset = create_dataset(args.dataset, root=str(root), split=args.split, download=args.dataset_download)
-    classes = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if classes and len(classes) != num_classes:
-        raise ValueError(
-            f"The data has {len(classes)} classes and {args.model} has {num_classes}; give data of its classes, or "
-            '--num-classes and --checkpoint.')
-    return dataset
+    indices = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    classes = getattr(dataset, 'classes', None) or sorted(indices, key=indices.get)
+    if classes:
+        is_pretrained = not (args.checkpoint or args.ensemble)
+        _check_classes(classes, (is_pretrained and model.pretrained_cfg.get('label_names')) or (), model)
+    return _EveryImage(str(root), reader=dataset.reader) if type(dataset) is ImageDataset else dataset
 
 
 @torch.inference_mode()
@@ -191,7 +237,7 @@ def validate(
         load_checkpoint(model, path)
     data_config = resolve_data_config(
         dict(img_size=args.img_size, crop_pct=args.crop_pct, interpolation=args.interpolation), model=model)
-    dataset = _create_dataset(args, model.num_classes)
+    dataset = _create_dataset(args, model)
     model = model.to(
         args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     rows = []
@@ -252,7 +298,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.logits_file:
             write_file(args.logits_file, safetensors.torch.save(outputs))
     except (OSError, RuntimeError, ValueError) as e:
-        print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+        # What a loader's worker raises comes with its traceback, and the message last, after the kind of error.
+        message = str(e).strip().split('\n')[-1].split(': ', 1)[-1] if 'Original Traceback' in str(e) else str(e)
+        print(f'error: {" ".join(message.split())}', file=sys.stderr)
         return 2
     if record is None:
         return 0

@@ -20,12 +20,11 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     named_apply,
-    register_model,
     resolve_pretrained_cfg,
 )
 from torch import nn
 
-from ._timm import feature_take_indices
+from ._timm import feature_take_indices, register_model
 from .layers import GunnConv, GunnLayer
 from .zoo.files import fetch_verified
 from .zoo.records import available_weights, pretrained_source

@@ -98,6 +98,26 @@ def test_refused(name, format, kwargs, error, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize('wrap', [
+    torch.nn.DataParallel, timm.utils.ModelEmaV3, lambda model: torch.compile(model, backend='eager'),
+    lambda model: create_tiny('gunn15', channels=(4, 8), segments=(2, 2), num_classes=0),
+], ids=['DataParallel', 'ModelEmaV3', 'compiled', 'headless'])
+def test_wrapped_compiled_and_headless_models(wrap, tiny, tmp_path):
+    model = wrap(tiny)
+    export_model(model, tmp_path / 'model.pt', 'torchscript')
+    assert check_export(model, tmp_path / 'model.pt', 'torchscript') <= ROUNDING
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda model: torch.nn.Sequential(model, torch.nn.Softmax(1)), torch.jit.script,
+    lambda model: create_tiny('gunn15', channels=(4, 8), segments=(2, 2), features_only=True),
+], ids=['Sequential', 'scripted', 'features_only'])
+def test_other_models_are_refused(wrap, tiny, tmp_path):
+    with pytest.raises(ValueError, match='cannot be exported. Accepted are what timm.create_model makes, without feat'):
+        export_model(wrap(tiny), tmp_path / 'model.pt', 'torchscript')
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
     file = tmp_path / 'model.pt'
     file.write_bytes(b'before')

@@ -1,4 +1,5 @@
 """The launcher's training loader: the paper's augmentation, and random numbers that survive a resume."""
+import inspect
 from collections import Counter
 
 import numpy as np
@@ -90,10 +91,29 @@ def test_lighting():
     assert torch.allclose(vectors.T @ vectors, torch.eye(3), atol=1e-3)
 
 
-@pytest.mark.parametrize('kwargs', [dict(use_prefetcher=True), dict(input_size_choices=[16, 32])])
-def test_modes_that_cannot_be(folder, kwargs):
-    with pytest.raises(ValueError, match=r"The crop mode 'pad4' needs --no-prefetcher.*takes no --train-img-sizes"):
-        loader_of(folder, 'pad4', **kwargs)
+@pytest.mark.parametrize('mode, kwargs, message', [
+    ('pad4', dict(use_prefetcher=True), 'needs --no-prefetcher'),
+    ('pad4', dict(input_size_choices=[16, 32]), 'takes no --train-img-sizes'),
+    ('pad4+roll', dict(num_aug_splits=3), 'takes no .*--aug-splits'),
+    ('pad4', dict(no_aug=True), 'takes no .*--no-aug'),
+    ('rrc+lighting', dict(input_size=(1, 32, 32)), "The crop mode 'rrc.lighting' is for images of 3 channels; got 1."),
+])
+def test_modes_that_cannot_be(mode, kwargs, message, folder):
+    with pytest.raises(ValueError, match=message):
+        loader_of(folder, mode, **kwargs)
+
+
+@pytest.mark.parametrize('mode', ['pad4', 'pad4+roll', 'rrc+lighting', 'rrc'])
+@pytest.mark.parametrize('size', [(3, 32, 16), (3, 16, 32), (1, 32, 32)])
+def test_sizes_that_are_not_square_and_grey_images(mode, size, folder):
+    if mode == 'rrc+lighting' and size[0] == 1:
+        return
+    dataset = timm.data.create_dataset('', str(folder), split='train', input_img_mode='L' if size[0] == 1 else 'RGB')
+    # By position, as timm's own function takes them.
+    loader = create_loader(dataset, size, 4, True, train_crop_mode=mode, mean=MEAN[:size[0]], std=STD[:size[0]],
+                           num_workers=0, use_prefetcher=False, device='cpu')
+    assert next(iter(loader))[0].shape == (4, *size)
+    assert inspect.signature(create_loader) == inspect.signature(timm.data.create_loader)
 
 
 @pytest.mark.parametrize('workers', [0, 2])

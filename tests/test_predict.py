@@ -65,6 +65,22 @@ def test_orientation_is_followed(ramp, tmp_path):
     assert read_image(tmp_path / 'image.jpg').size == (30, 40)
 
 
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_a_damaged_exif_block_does_not_cost_the_picture(kind, ramp, tmp_path):
+    file = tmp_path / 'image'
+    Image.fromarray(ramp).save(file, kind, exif=b'Exif\0\0garbage', lossless=True)
+    # JPEG is lossy, by a few levels of 255.
+    assert np.abs(np.asarray(read_image(file))[..., 0].astype(int) - ramp).max() <= 4
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii'])
+def test_names_that_the_terminal_cannot_show(encoding, run, tmp_path):
+    file = tmp_path / '\u732b.jpg'
+    file.write_bytes(PHOTO.read_bytes())
+    result = run('-m', 'gunn_timm', 'predict', file, '--topk', 1, env={'PYTHONIOENCODING': encoding})
+    assert result.returncode == 0 and '\\u732b.jpg' in result.stdout and result.stdout.endswith('cat\n')
+
+
 def test_bad_images(tmp_path):
     with pytest.raises(FileNotFoundError, match='No image .*missing.jpg'):
         read_image(tmp_path / 'missing.jpg')

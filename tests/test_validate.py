@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
@@ -211,4 +212,48 @@ def test_data_that_does_not_fit(data, arguments, tmp_path, capsys):
     folder.mkdir(parents=True)
     Image.new('RGB', (32, 32)).save(folder / 'x.png')
     assert validate.main([*arguments, '--data-dir', str(tmp_path)]) == 2
-    assert 'The data has 1 classes and gunn15 has 10' in capsys.readouterr().err
+    assert 'The data has 1 classes and the model 10' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, workers', [('damaged.png', '0'), ('._0.png', '2'), ('cut.png', '0')])
+def test_no_image_stands_in_for_one_that_cannot_be_read(name, workers, data, arguments, tmp_path, capsys):
+    shutil.copytree(data / 'folder', tmp_path, dirs_exist_ok=True)
+    file = tmp_path / 'test' / 'class3' / name
+    file.write_bytes(next(file.parent.glob('*.png')).read_bytes()[:-300] if name == 'cut.png' else b'no image')
+    assert validate.main([*arguments, '--data-dir', str(tmp_path), '-j', workers]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.splitlines()[-1] == f"error: '{file}' is not an image that can be read."
+
+
+@pytest.mark.parametrize('labels, message', [
+    ([f'class{i}' for i in range(10)], None),
+    (['class0', 'class2', 'class1', *(f'class{i}' for i in range(3, 10))],
+     "Class 1 of the data is 'class1', and of the weights 'class2'."),
+])
+def test_class_names_are_those_of_the_weights(labels, message, data, trained, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(trained, 'pretrained_cfg', {**trained.pretrained_cfg, 'label_names': labels})
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained)
+    arguments[arguments.index('--checkpoint') + 1] = ''
+    assert validate.main(arguments) == (2 if message else 0)
+    assert (message or '') in capsys.readouterr().err
+
+
+def test_class_names_of_imagenet(trained):
+    """Folders have WordNet's numbers, and labels one of its words."""
+    imagenet = timm.data.ImageNetInfo()
+    numbers = imagenet.label_names()[:10]
+    labels = [imagenet.label_name_to_description(number).split(', ')[-1] for number in numbers]
+    validate._check_classes(numbers, labels, trained)
+    with pytest.raises(ValueError, match=f"Class 0 of the data is '{numbers[1]}'"):
+        validate._check_classes([numbers[1], numbers[0], *numbers[2:]], labels, trained)
+
+
+@pytest.mark.parametrize('argument, value', [
+    ('--interpolation', 'foo'), ('--crop-pct', '1e-9'), ('--crop-pct', '0'), ('--crop-pct', 'nan'), ('--img-size', '0'),
+    ('-b', '0'), ('-j', '-1'), ('--num-classes', 'x'), ('--tolerance', '-1'),
+])
+def test_bad_values_are_named(argument, value, arguments, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        validate.main([*arguments, argument, value])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert argument in last and value in last and len(last) < 200

@@ -1,5 +1,6 @@
 """The command line: `python -m gunn_timm`."""
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -139,6 +140,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """
     functions = dict(predict=_predict, list=_list, summary=_summary, card=_card, publish=_publish, export=_export)
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not cost the result
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         if args.command != 'run':
             functions[args.command](args)

@@ -8,7 +8,7 @@ from typing import Callable, Dict, Union
 
 import torch
 from timm.data import resolve_model_data_config
-from timm.utils import reparameterize_model
+from timm.utils import reparameterize_model, unwrap_model, unwrap_model
 
 from ..layers import GunnLayer
 from ..zoo.records import probe_images
@@ -17,6 +17,17 @@ __all__ = ['FORMATS', 'ONNX_OPSET', 'TOLERANCE', 'check_export', 'export_model']
 
 ONNX_OPSET = 18  # the one that PyTorch's exporter is written in, from 2.6 on; it would convert to any other
 TOLERANCE = 1e-4  # other kernels add up in another order, which makes 1e-7 to 1e-6; other weights make 1e-2 and more
+
+_ACCEPTED = (
+    '{} cannot be exported. Accepted are what timm.create_model makes, without features_only, and what torch.compile, '
+    'DataParallel, DistributedDataParallel and ModelEma make of it.')
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    model = unwrap_model(model)
+    if not isinstance(getattr(model, 'pretrained_cfg', None), dict):
+        raise ValueError(_ACCEPTED.format(type(model).__name__))
+    return model
 
 
 def _metadata(model: torch.nn.Module) -> Dict[str, str]:
@@ -84,12 +95,13 @@ def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) ->
     """Write a model to a file for deployment, norms fused; docs/usage.md says what the file takes and tells of itself.
 
     Args:
-        model: Model of timm's in float32, whose pretrained_cfg describes its images; it is not changed.
+        model: Model of timm's in float32, whose pretrained_cfg describes its images, perhaps compiled or wrapped (DDP,
+            ModelEma); it is not changed.
         path: File to write, as a whole or not at all; what was there is replaced.
         format: 'onnx' (opset `ONNX_OPSET`), 'pt2' (compiled by AOTInductor, which takes minutes) or 'torchscript'.
 
     Raises:
-        ValueError: `format` is none of these, or a pt2 file is named otherwise.
+        ValueError: `format` is none of these, a pt2 file is named otherwise, or it is another kind of model.
         FileNotFoundError: The folder to write to does not exist.
         ImportError, RuntimeError: A package is missing, or PyTorch cannot run or export the model.
     """
@@ -98,12 +110,14 @@ def export_model(model: torch.nn.Module, path: Union[str, Path], format: str) ->
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got '{format}'.")
     if format == 'pt2' and path.suffix != '.pt2':  # PyTorch's loader takes no other
         raise ValueError(f"The name of a file in format 'pt2' must end in .pt2; got '{path}'.")
+    model = _unwrap(model)
     metadata = _metadata(model)
     # Of two images: a batch of one would be taken for the only size there is.
     images = probe_images(json.loads(metadata['input_size']))[:2].to(next(model.parameters()).device)
     # Before PyTorch 2.7 the ONNX exporter cannot translate norms that are not fused.
     fused = reparameterize_model(model).eval().requires_grad_(False)
-    fused(images)  # TorchScript would write one that does not take them
+    if not isinstance(fused(images), torch.Tensor):  # and TorchScript would write one that does not take them
+        raise ValueError(_ACCEPTED.format(type(model).__name__))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
         FORMATS[format](fused, images, metadata, file)
@@ -133,9 +147,9 @@ def check_export(model: torch.nn.Module, path: Union[str, Path], format: str) ->
     Raises:
         RuntimeError: The file cannot be run, or it differs by more than `TOLERANCE`.
     """
-    channels, height, width = json.loads(_metadata(model)['input_size'])
+    channels, height, width = json.loads(_metadata(_unwrap(model))['input_size'])
     device = next(model.parameters()).device
-    eager, shares = copy.deepcopy(model).eval(), []
+    eager, shares = copy.deepcopy(_unwrap(model)).eval(), []
     try:
         exported = _load(path, format)
         for batch_size, size in ((1, (height, width)), (3, (height + 32, width + 16))):

@@ -4,7 +4,8 @@ The launcher puts `create_loader` in the place of `timm.data.create_loader`, so 
 its `--train-crop-mode`. Without the launcher timm refuses them.
 """
 import functools
-from typing import Any, Callable, List, Optional
+import inspect
+from typing import Any, Callable, List, Sequence
 
 import timm.data
 import timm.utils
@@ -54,7 +55,7 @@ class Lighting:
         return image + (self.eigenvectors @ weights).view(3, 1, 1)
 
 
-def _change_transform(mode: str, steps: List[Callable], size: int) -> transforms.Compose:
+def _change_transform(mode: str, steps: List[Callable], size: Sequence[int]) -> transforms.Compose:
     if mode == 'rrc+lighting':
         at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
         return transforms.Compose([*steps[:at], Lighting(), *steps[at:]])
@@ -68,43 +69,43 @@ def _seed_epoch(seed: int, others: List[Any], epoch: int) -> None:
         set_epoch(epoch)
 
 
-def create_loader(
-        dataset: Any,
-        *args: Any,
-        is_training: bool = False,
-        train_crop_mode: Optional[str] = None,
-        **kwargs: Any,
-) -> Any:
+@functools.wraps(_timm_create_loader)
+def create_loader(*args: Any, **kwargs: Any) -> Any:
     """`timm.data.create_loader` that knows more crop modes and makes random numbers a function of the epoch.
 
     At the start of each epoch the process is seeded with the seed it had and the epoch's number, and the workers start
     anew, so that a resumed run draws what an uncut one would.
 
     Args:
-        dataset: Dataset of timm's.
-        is_training: As timm's.
-        train_crop_mode: As timm's, or 'pad4' (normalise, pad by 4 pixels of 0, crop at random, paper section 6.2),
-            'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
-        args, kwargs: Passed on.
+        args, kwargs: timm's. `train_crop_mode` may also be 'pad4' (normalise, pad by 4 pixels of 0, crop at random,
+            paper section 6.2), 'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
 
     Raises:
-        ValueError: The mode goes with one image size, and with images that are normalised on the CPU.
+        ValueError: The mode goes with one image size, images that are normalised on the CPU, and whole batches; and
+            'rrc+lighting' with three channels.
     """
-    if not is_training:
-        return _timm_create_loader(dataset, *args, is_training=is_training, **kwargs)
+    bound = inspect.signature(_timm_create_loader).bind(*args, **kwargs)
+    bound.apply_defaults()
+    kwargs = bound.arguments
+    if not kwargs['is_training']:
+        return _timm_create_loader(**kwargs)
+    dataset, size, mode = kwargs['dataset'], kwargs['input_size'], kwargs['train_crop_mode']
+    size = (3, size, size) if isinstance(size, int) else (3, *size)[-3:]
     kwargs['persistent_workers'] = False
-    mode = train_crop_mode if train_crop_mode in _CROP_MODES else None
-    if mode:
-        if kwargs.get('use_prefetcher', True) or kwargs.get('input_size_choices'):
+    is_ours = mode in _CROP_MODES
+    if is_ours:
+        if kwargs['use_prefetcher'] or kwargs.get('input_size_choices') or kwargs['num_aug_splits'] or kwargs['no_aug']:
             raise ValueError(
                 f"The crop mode '{mode}' needs --no-prefetcher, for it works on normalised images, and takes no "
-                '--train-img-sizes.')
-        train_crop_mode = None
+                '--train-img-sizes, --aug-splits or --no-aug.')
+        if mode == 'rrc+lighting' and size[0] != 3:
+            raise ValueError(f"The crop mode '{mode}' is for images of 3 channels; got {size[0]}.")
+        kwargs['train_crop_mode'] = None
         if mode != 'rrc+lighting':
-            kwargs.update(scale=(1., 1.), ratio=(1., 1.))  # the whole image
-    loader = _timm_create_loader(dataset, *args, is_training=True, train_crop_mode=train_crop_mode, **kwargs)
-    if mode:
-        dataset.transform = _change_transform(mode, dataset.transform.transforms, kwargs['input_size'][-1])
+            kwargs.update(scale=(1., 1.), ratio=(size[2] / size[1],) * 2)
+    loader = _timm_create_loader(**kwargs)
+    if is_ours:
+        dataset.transform = _change_transform(mode, dataset.transform.transforms, size[1:])
     # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
     parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
     others = [part.set_epoch for part in parts if hasattr(part, 'set_epoch')]

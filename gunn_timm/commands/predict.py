@@ -1,4 +1,5 @@
 """From the name of a model and the paths of images to class names with probabilities."""
+import contextlib
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
@@ -24,7 +25,9 @@ def read_image(path: Union[str, Path]) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            image, is_png = ImageOps.exif_transpose(opened), opened.format == 'PNG'
+            image, is_png = opened.copy(), opened.format == 'PNG'
+            with contextlib.suppress(Exception):  # a picture is whole though its EXIF block is not
+                image = ImageOps.exif_transpose(opened)
     except Exception as e:  # Pillow's decoders raise what they like
         raise ValueError(f"'{path}' is not an image that can be read ({e}).") from e
     if image.mode.startswith('I;16') or (image.mode == 'I' and is_png):

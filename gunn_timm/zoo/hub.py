@@ -1,6 +1,7 @@
 """Publishing weights on the Hugging Face Hub: the model card, a repository's files, and the one commit they take."""
 import contextlib
 import hashlib
+import json
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -70,16 +71,20 @@ def repository_files(record: WeightsRecord, repo_id: str) -> Dict[str, bytes]:
         raise ValueError(f'{record.name} cannot be published: its record has no top-1 and top-5 accuracy.')
     verify(record.path, record.sha256)
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / 'config.json'
+        file = Path(folder) / 'config.json'
         save_config_for_hf(
-            timm.create_model(record.name, device='meta'), config,
-            model_config=dict(label_names=record.label_names, sha256=record.sha256))
-        return {
-            HUB_FILE: record.path.read_bytes(),
-            'config.json': config.read_bytes(),
-            'README.md': model_card(record, repo_id).encode(),
-            'LICENSE': license_path().read_bytes(),
-        }
+            timm.create_model(record.name, device='meta'), file,
+            # transformers would else compute in the type that the weights are stored in.
+            model_config=dict(label_names=record.label_names, sha256=record.sha256, torch_dtype='float32'))
+        config = json.loads(file.read_text(encoding='utf-8'))
+    # The architecture implies them, and transformers cannot take num_classes twice.
+    config.pop('model_args', None)
+    return {
+        HUB_FILE: record.path.read_bytes(),
+        'config.json': json.dumps(config, indent=2).encode(),
+        'README.md': model_card(record, repo_id).encode(),
+        'LICENSE': license_path().read_bytes(),
+    }
 
 
 class Publication(NamedTuple):

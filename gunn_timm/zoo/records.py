@@ -96,7 +96,10 @@ class WeightsRecord:
 
 
 def _weights_dir() -> Path:
-    package = Path(str(resources.files('gunn_timm')))
+    try:
+        package = Path(str(resources.files('gunn_timm')))
+    except ModuleNotFoundError:  # torch.package took the code along, not the files
+        package = Path(__file__).parent
     return package / '_weights' if (package / '_weights').is_dir() else package.parent / 'weights'
 
 

@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument('--dataset', default='', metavar='NAME', help="type and name, 'torch/cifar10' say; else images")
     data.add_argument('--split', default='validation', metavar='NAME', help='split (default: validation)')
     data.add_argument('--dataset-download', action='store_true', help='let a torch/ dataset download itself')
-    data.add_argument('--workers', '-j', type=_number(int, 0), default=2, metavar='N', help='loader processes (default: 2)')
+    data.add_argument('--workers', '-j', type=_number(int, 0), default=2, metavar='N',
+                      help='loader processes (default: 2)')
     data.add_argument('--batch-size', '-b', type=_number(int, 1), default=256, metavar='N',
                       help='batch size to begin with; made smaller when memory runs out (default: 256)')
     data.add_argument('--img-size', type=_number(int, 1), metavar='N', help="image size (default: the model's)")
@@ -70,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument('--checkpoint', default='', metavar='FILE', help='evaluate these, not the published weights')
     model.add_argument('--ensemble', nargs='+', metavar='FILE',
                        help='evaluate each, and the averages of the probabilities of the first two, three and so on')
-    model.add_argument('--num-classes', type=_number(int, 1), metavar='N', help="number of classes (default: the model's)")
+    model.add_argument('--num-classes', type=_number(int, 1), metavar='N',
+                       help="number of classes (default: the model's)")
     run = parser.add_argument_group('run')
     run.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
     run.add_argument('--amp', action='store_true', help='autocast to --amp-dtype')

@@ -8,7 +8,7 @@ from typing import Callable, Dict, Union
 
 import torch
 from timm.data import resolve_model_data_config
-from timm.utils import reparameterize_model, unwrap_model, unwrap_model
+from timm.utils import reparameterize_model, unwrap_model
 
 from ..layers import GunnLayer
 from ..zoo.records import probe_images

@@ -5,7 +5,7 @@ from typing import Any, Callable
 import timm.models
 from timm.data.dataset_factory import _search_split as search_split  # noqa: F401
 from timm.models._features import feature_take_indices  # noqa: F401
-from timm.models._hub import download_cached_file, save_config_for_hf  # noqa: F401
+from timm.models._hub import save_config_for_hf  # noqa: F401
 
 
 def register_model(function: Callable[..., Any]) -> Callable[..., Any]:

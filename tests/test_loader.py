@@ -53,7 +53,7 @@ def test_pad4_is_the_papers(folder):
 
 def test_order_of_the_steps(folder):
     def steps(mode, **kwargs):
-        return loader_of(folder, mode, **kwargs).dataset.transform.transforms
+        return loader_of(folder, mode, **kwargs).dataset.transform.transforms[1].transforms
     names = {mode: [type(step).__name__ for step in steps(mode, color_jitter=0.4)] for mode in (
         'pad4', 'pad4+roll', 'rrc+lighting', 'rrc')}
     crop = ['RandomResizedCropAndInterpolation', 'RandomHorizontalFlip', 'ColorJitter', 'MaybeToTensor']
@@ -127,6 +127,7 @@ def test_epochs_are_what_they_are_wherever_one_starts(folder, workers):
         return loader_of(folder, 'pad4', num_workers=workers)
 
     loader = start(7)
+    assert loader.persistent_workers is bool(workers)
     _, second, third = (epoch(loader, i) for i in range(3))
     assert all(np.array_equal(a, b) for a, b in zip(third, epoch(start(7), 2)))
     assert not torch.equal(second[0], third[0]) and not torch.equal(epoch(start(8), 2)[0], third[0])

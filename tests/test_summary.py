@@ -69,7 +69,7 @@ def test_unordered_networks_are_as_deep_as_they_are_called(name, layers):
 
 def test_table(capsys):
     # gunn15: two convolutions, 20 segments of three, one, 25 segments, one, 30 segments, one and the classifier.
-    assert main(['summary', 'gunn15', '--image-size', '24']) == 0
+    assert main(['summary', 'gunn15', '--image-size', '24', '24']) == 0
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[:3] + row[5:] for row in cells[:7]] == [
         ['part', 'segments', 'output', 'depth'],

@@ -39,12 +39,8 @@ def _list(args: argparse.Namespace) -> None:
             name, f'{info.parameters / 1e6:.2f}', f'{info.gmacs:.2f}', '{1}x{2}'.format(*info.input_size), info.dataset,
             '-' if info.paper_top1_err is None else f'{info.paper_top1_err:.2f}',
             '-' if record is None else f"{100 - record.metrics['top1']:.2f}"])
-    if args.markdown:
-        rows.insert(1, ['---'] * len(rows[0]))
-        print('\n'.join('| ' + ' | '.join(row) + ' |' for row in rows))
-        return
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print('\n'.join('  '.join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    rows.insert(1, ['---'] * len(rows[0]))
+    print('\n'.join('| ' + ' | '.join(row) + ' |' for row in rows))
 
 
 def _summary(args: argparse.Namespace) -> None:
@@ -96,12 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--topk', type=int, default=5, metavar='K', help='classes to print (default: 5)')
     add('--json', action='store_true', help='print JSON')
 
-    add = command('list', 'list the models, and the errors of those with weights')
-    add('--markdown', action='store_true', help="print the README's table")
+    command('list', 'list the models, and the errors of those with weights')
 
     add = command('summary', "print each part's shape, parameters, MACs and depth")
     add('model', metavar='MODEL', help="model, 'gunn18' say")
-    add('--image-size', type=int, nargs='+', metavar=('H', 'W'), help="size of the images (default: the model's own)")
+    add('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="size of the images (default: the model's own)")
 
     add = command('card', 'print the model card of published weights, from their record')
     add('name', metavar='NAME', help="weight, 'gunn15.cifar10' say")

@@ -10,6 +10,7 @@ from typing import Any, Callable, List, Sequence
 import timm.data
 import timm.utils
 import torch
+from torch.utils.data import get_worker_info
 from torchvision import transforms
 
 __all__ = ['CyclicRoll', 'Lighting', 'create_loader']
@@ -63,18 +64,36 @@ def _change_transform(mode: str, steps: List[Callable], size: Sequence[int]) -> 
     return transforms.Compose([*steps, CyclicRoll()] if mode == 'pad4+roll' else steps)
 
 
-def _seed_epoch(seed: int, others: List[Any], epoch: int) -> None:
-    timm.utils.random_seed((seed + 1_000_003 * epoch) % 2 ** 31)
-    for set_epoch in others:
-        set_epoch(epoch)
+class _EpochSeed:
+    """Seeds the process at the start of each epoch, and as first step of a transform the workers, which live on."""
+
+    def __init__(self, others: List[Callable[[int], None]]):
+        self.others, self.seed, self.seeded = others, torch.initial_seed(), None
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        self._apply(epoch, 0)
+        for set_epoch in self.others:
+            set_epoch(epoch)
+
+    def _apply(self, epoch: int, stream: int) -> None:
+        timm.utils.random_seed((self.seed + 1_000_003 * epoch + 10_007 * stream) % 2 ** 31)
+
+    def __call__(self, image: Any) -> Any:
+        worker, epoch = get_worker_info(), int(self.epoch)
+        if worker is not None and epoch != self.seeded:
+            self.seeded = epoch
+            self._apply(epoch, worker.id + 1)
+        return image
 
 
 @functools.wraps(_timm_create_loader)
 def create_loader(*args: Any, **kwargs: Any) -> Any:
     """`timm.data.create_loader` that knows more crop modes and makes random numbers a function of the epoch.
 
-    At the start of each epoch the process is seeded with the seed it had and the epoch's number, and the workers start
-    anew, so that a resumed run draws what an uncut one would.
+    At the start of each epoch the process and its workers are seeded with the seed it had and the epoch's number, so
+    that a resumed run draws what an uncut one would.
 
     Args:
         args, kwargs: timm's. `train_crop_mode` may also be 'pad4' (normalise, pad by 4 pixels of 0, crop at random,
@@ -91,7 +110,6 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
         return _timm_create_loader(**kwargs)
     dataset, size, mode = kwargs['dataset'], kwargs['input_size'], kwargs['train_crop_mode']
     size = (3, size, size) if isinstance(size, int) else (3, *size)[-3:]
-    kwargs['persistent_workers'] = False
     is_ours = mode in _CROP_MODES
     if is_ours:
         if kwargs['use_prefetcher'] or kwargs.get('input_size_choices') or kwargs['num_aug_splits'] or kwargs['no_aug']:
@@ -108,6 +126,10 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
         dataset.transform = _change_transform(mode, dataset.transform.transforms, size[1:])
     # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
     parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
-    others = [part.set_epoch for part in parts if hasattr(part, 'set_epoch')]
-    dataset.set_epoch = functools.partial(_seed_epoch, torch.initial_seed(), others)
+    seed = _EpochSeed([part.set_epoch for part in parts if hasattr(part, 'set_epoch')])
+    images = dataset.dataset if isinstance(dataset, timm.data.AugMixDataset) else dataset
+    images.transform = transforms.Compose([seed, images.transform])
+    dataset.set_epoch = seed.set_epoch
+    # Starting workers, which a resumed run does and an uncut one need not, then draws no number of the process's.
+    getattr(loader, 'loader', loader).generator = torch.Generator()
     return loader

@@ -2,12 +2,12 @@
 
 Depth is what the paper is about: a segment reads those before it, already updated, and so lies deeper than they do.
 """
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+import copy
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..gunn import Gunn, GunnStage
@@ -16,23 +16,13 @@ __all__ = ['SummaryRow', 'format_summary', 'summarize']
 
 
 class SummaryRow(NamedTuple):
-    """One part of a network: the image itself, the stem, a stage, or the head.
-
-    Attributes:
-        name: 'image', 'stem', 'stages.0' and so on, 'head'.
-        segments: Segments of a stage's layer; None for what is no stage.
-        output_shape: Shape of the output for one image, (C, H, W), or (C,) behind global pooling.
-        parameters: Number of parameters.
-        macs: Multiply-accumulates of convolutions and matrix products for one image.
-        depth: For each segment of the output, the layers on the longest path from the image: convolutions and, in the
-            head, the classifier. One entry for what has no segments.
-    """
+    """One part of a network: the image itself, the stem, a stage, or the head."""
     name: str
-    segments: Optional[int]
-    output_shape: Tuple[int, ...]
+    segments: Optional[int]  # of a stage's layer
+    output_shape: Tuple[int, ...]  # (C, H, W) for one image, or (C,) behind global pooling
     parameters: int
-    macs: int
-    depth: Tuple[int, ...]
+    macs: int  # multiply-accumulates of convolutions and matrix products for one image
+    depth: Tuple[int, ...]  # layers on the longest path from the image to each segment of the output
 
 
 def _count_layers(module: nn.Module) -> int:
@@ -53,44 +43,34 @@ def _depths(part: nn.Module, depth: int) -> Tuple[int, ...]:
 
 
 @torch.no_grad()
-def summarize(model: nn.Module, image_size: Union[int, Sequence[int], None] = None) -> List[SummaryRow]:
+def summarize(model: Gunn, image_size: Optional[Sequence[int]] = None) -> List[SummaryRow]:
     """Take a Gunn apart: image, stem, stages and head (last convolution, pooling, classifier), a row each.
 
     Nothing is computed: shapes and multiply-accumulates are those of tensors without values.
 
     Args:
         model: Model, on any device, 'meta' too; it is not changed.
-        image_size: Height and width of the image, or one number for both; None for what the model is made for.
+        image_size: Height and width of the image; None for what the model is made for.
 
     Raises:
-        ValueError: The model is no Gunn, or `image_size` is not one or two positive numbers.
+        ValueError: The model is no Gunn.
         RuntimeError: The image is too small for the network's poolings.
     """
     if not isinstance(model, Gunn):
         raise ValueError(f'The model must be a Gunn, for its layers are what is looked at; got {type(model).__name__}.')
-    if image_size is None:
-        image_size = resolve_model_data_config(model)['input_size'][1:]
-    sizes = [image_size] if isinstance(image_size, int) else list(image_size)
-    sizes = sizes * 2 if len(sizes) == 1 else sizes
-    if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f'image_size must be height and width, or one number for both, at least 1; got {image_size}.')
+    model = copy.deepcopy(model).to('meta').eval()
     head = nn.Sequential(model.final_conv, model.global_pool, model.head_drop, model.fc)
-    parts = {'stem': model.stem, **{f'stages.{i}': stage for i, stage in enumerate(model.stages)}, 'head': head}
-    # Two images, for in training mode norms want more than one value a channel.
-    x = torch.empty(2, model.in_chans, *sizes, device='meta', dtype=next(model.parameters()).dtype)
+    size = image_size or resolve_model_data_config(model)['input_size'][1:]
+    x = torch.empty(1, model.in_chans, *size, device='meta', dtype=next(model.parameters()).dtype)
     rows = [SummaryRow('image', None, tuple(x.shape[1:]), 0, 0, (0,))]
-    for name, part in parts.items():
-        tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+    for name, part in [('stem', model.stem), *model.stages.named_children(), ('head', head)]:
         with FlopCounterMode(display=False) as counter:
-            x = functional_call(part, {key: tensor.to('meta') for key, tensor in tensors.items()}, (x,))
+            x = part(x)
+        is_stage = isinstance(part, GunnStage)
         rows.append(SummaryRow(
-            name,
-            part.layer.num_segments if isinstance(part, GunnStage) else None,
-            tuple(x.shape[1:]),
-            sum(p.numel() for p in part.parameters()),
-            counter.get_total_flops() // 2 // len(x),
-            _depths(part, rows[-1].depth[-1]),
-        ))
+            f'stages.{name}' if is_stage else name, part.layer.num_segments if is_stage else None, tuple(x.shape[1:]),
+            sum(p.numel() for p in part.parameters()), counter.get_total_flops() // 2,
+            _depths(part, rows[-1].depth[-1])))
     return rows
 
 

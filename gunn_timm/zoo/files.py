@@ -3,7 +3,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Dict, Optional, Tuple, Union
 
@@ -12,7 +11,6 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import PretrainedCfg, load_state_dict
 
-from .._timm import download_cached_file
 from .records import weights_records
 
 __all__ = ['HUB_FILE', 'fetch_verified', 'load_checkpoint', 'verify', 'write_file']
@@ -43,10 +41,7 @@ def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> Non
 
 
 def _sha256_in_config(path: Union[str, Path]) -> Optional[str]:
-    sha256 = json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
-    if sha256 is not None and not re.fullmatch('[0-9a-f]{64}', str(sha256)):
-        raise ValueError(f"'{path}' has {sha256!r} for 'sha256'; it must be 64 hexadecimal digits, or not be there.")
-    return sha256
+    return json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
 
 
 def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tuple[Path, str, bool]]:
@@ -75,8 +70,6 @@ def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tu
             return None
         # By its one name, whatever the cfg says: another may be a pickle.
         return (Path(hf_hub_download(repo_id, HUB_FILE, **kwargs)), sha256, True) if sha256 else None
-    if record and cfg.url == record.url:
-        return Path(download_cached_file(cfg.url, cache_dir=cache_dir)), record.sha256, True
     return None
 
 

@@ -88,12 +88,9 @@ def repository_files(record: WeightsRecord, repo_id: str) -> Dict[str, bytes]:
 
 
 class Publication(NamedTuple):
-    """What came of publishing a weight.
+    """The commit, None where nothing was sent (a dry run), and sizes of the files that it wrote, None of those removed.
 
-    Attributes:
-        commit: Commit the files are in; None where nothing was sent (a dry run).
-        changed: Sizes in bytes of the files that the commit wrote, or None for those it removed. A dry run has all
-            files, and a repository that had them already none.
+    A dry run has all files, and a repository that had them already none.
     """
     commit: Optional[str]
     changed: Dict[str, Optional[int]]

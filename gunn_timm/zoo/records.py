@@ -21,22 +21,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """One registered tag.
-
-    Attributes:
-        name: Architecture and tag, 'gunn15.cifar10'.
-        dataset: Dataset the tag is named after.
-        input_size: Channels, height and width of its images.
-        parameters: Number of parameters.
-        gmacs: Multiply-accumulates of one image's forward pass, in units of 1e9.
-        paper_top1_err: Top-1 error in % that the paper reports for it, None where it reports none.
-    """
-    name: str
+    """One registered tag."""
+    name: str  # architecture and tag, 'gunn15.cifar10'
     dataset: str
-    input_size: List[int]
+    input_size: List[int]  # channels, height and width
     parameters: int
-    gmacs: float
-    paper_top1_err: Optional[float] = None
+    gmacs: float  # multiply-accumulates of one image's forward pass, in units of 1e9
+    paper_top1_err: Optional[float] = None  # in %, None where the paper reports none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,42 +35,27 @@ class WeightsRecord:
     """One published weight: what to expect, how to load it, how it was made.
 
     Its YAML file has these keys, but for `name`, which is in the file's name.
-
-    Attributes:
-        name: Architecture and tag, 'gunn15.cifar10'.
-        file: Name of the safetensors file beside the record, NAME.safetensors.
-        sha256: SHA-256 of the file, hexadecimal.
-        size: Size of the file in bytes.
-        dtype: Type the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'.
-        parameters: Number of parameters.
-        license: SPDX identifier as the Hugging Face Hub writes it, 'apache-2.0'.
-        label_names: Names of the classes, in order.
-        preprocessing: Entries of the default cfg: input_size, mean, std, crop_pct, interpolation.
-        dataset: name, copy (which one, where copies differ), train_images, held_out_images (training images kept for
-            choices), test_images; hub_id (on the Hugging Face Hub) if it has one.
-        metrics: top1 and top5 in % on the whole test split, images, epoch ('last', or 'best' by held-out images), ema,
-            test_time_augmentation, command; notes if there is more to say.
-        training: recipe, command and seed (lists, of as many as there were), epochs, hardware, wall_time, date and
-            versions; notes if there is more to say.
-        logits_file: Name of the file beside the record with what `validate.py --logits-file` writes.
-        hub: repo_id and revision (a whole commit hash) on the Hugging Face Hub, once it is there.
-        url: Another address of the file, if it has one.
     """
-    name: str
-    file: str
-    sha256: str
-    size: int
-    dtype: str
+    name: str  # architecture and tag, 'gunn15.cifar10'
+    file: str  # the safetensors file beside the record, NAME.safetensors
+    sha256: str  # of the file, hexadecimal
+    size: int  # of the file in bytes
+    dtype: str  # that the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'
     parameters: int
-    license: str
-    label_names: List[str]
-    preprocessing: Dict[str, Any]
+    license: str  # SPDX identifier as the Hugging Face Hub writes it, 'apache-2.0'
+    label_names: List[str]  # of the classes, in order
+    preprocessing: Dict[str, Any]  # entries of the default cfg: input_size, mean, std, crop_pct, interpolation
+    # name, copy (which one, where copies differ), train_images, held_out_images (training images kept for choices),
+    # test_images; hub_id (on the Hugging Face Hub) if it has one
     dataset: Dict[str, Any]
+    # top1 and top5 in % on the whole test split, images, epoch ('last', or 'best' by held-out images), ema,
+    # test_time_augmentation, command; notes if there is more to say
     metrics: Dict[str, Any]
+    # recipe, command and seed (lists, of as many as there were), epochs, hardware, wall_time, date and versions; notes
+    # if there is more to say
     training: Dict[str, Any]
-    logits_file: str
-    hub: Optional[Dict[str, str]] = None
-    url: Optional[str] = None
+    logits_file: str  # beside the record, what `validate.py --logits-file` writes
+    hub: Optional[Dict[str, str]] = None  # repo_id and revision (a whole commit hash) on the Hub, once it is there
 
     @property
     def path(self) -> Path:
@@ -163,16 +139,14 @@ def license_path() -> Path:
 
 
 def pretrained_source(name: str) -> Dict[str, Any]:
-    """Entries of a tag's default cfg that say where its weights are: a file, else the hub, else a URL, else nothing."""
+    """Entries of a tag's default cfg that say where its weights are: a file, else the hub, else nothing."""
     path = _weights_dir() / f'{name}.safetensors'
     if path.is_file():
         return {'file': str(path)}
     record = weights_records().get(name) if path.with_suffix('.yaml').is_file() else None
     if record is None:
         return {}
-    if record.hub:
-        return {'hf_hub_id': '{repo_id}@{revision}'.format(**record.hub)}
-    return {'url': record.url} if record.url else {'file': str(record.path)}
+    return {'hf_hub_id': '{repo_id}@{revision}'.format(**record.hub)} if record.hub else {'file': str(record.path)}
 
 
 def probe_images(input_size: Sequence[int]) -> torch.Tensor:

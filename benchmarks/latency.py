@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the latency of a network on the CPU in each form it can be deployed in, and print a table.
+"""Measure the latency of networks on the CPU in each form they can be deployed in, and print a table.
 
     python benchmarks/latency.py                               gunn15, batches of 1 and 16 images
-    python benchmarks/latency.py --model gunn18 --batch-sizes 1 8
+    python benchmarks/latency.py --model gunn18.in1k resnet101 --batch-sizes 1 4 --forms "eager, fused" "ONNX Runtime"
 
-Writes results.json and the table as Markdown to the folder given by --out. The weights are random, and so are the
-images that the static int8 form is calibrated on: it is only timed. Needs `pip install '.[bench,export]'` and a C++
-compiler.
+All networks get the same treatment, and all are timed in interleaved rounds. Writes results.json and the table as
+Markdown to the folder given by --out. The weights are random, and so are the images that the static int8 form is
+calibrated on: it is only timed. Needs `pip install '.[bench,export]'` and a C++ compiler.
 """
 import argparse
 import copy
@@ -28,7 +28,6 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from gunn_timm.commands.export import export_model
-from gunn_timm.layers import compile_units
 
 sys.path.append(str(Path(__file__).parents[1] / 'examples'))
 from quantize import quantize  # noqa: E402
@@ -71,13 +70,6 @@ def _eager(model: nn.Module, dtype: torch.dtype = torch.float32) -> Form:
     return Form(lambda images: images.to(dtype=dtype, memory_format=torch.channels_last), model)
 
 
-def _compiled(model: nn.Module) -> Form:
-    form = _eager(model)
-    # For each batch size by itself, as for a server that has only one.
-    compile_units(form.call, dynamic=False)
-    return form
-
-
 def _torchscript(model: nn.Module, folder: Path) -> Form:
     file = folder / 'model.pt'
     export_model(model, file, 'torchscript')
@@ -97,26 +89,21 @@ def _onnx(file: Path) -> Form:
     return Form(lambda images: {'images': images.numpy()}, functools.partial(session.run, None))
 
 
-def _forms(
-        model: nn.Module,
-        fused: nn.Module,
-        input_size: Sequence[int],
-        folder: Path,
-) -> Dict[str, Callable[[], Form]]:
+def _forms(model: nn.Module, fused: nn.Module, folder: Path) -> Dict[str, Callable[[], Form]]:
     """Name the forms, and what makes each."""
 
     @functools.lru_cache(maxsize=None)
     def files() -> Dict[str, Path]:
         file = folder / 'model.onnx'
         export_model(model, file, 'onnx')
-        images = np.random.default_rng(0).standard_normal((8, *input_size), dtype=np.float32)
+        size = resolve_model_data_config(model)['input_size']
+        images = np.random.default_rng(0).standard_normal((8, *size), dtype=np.float32)
         return {'float32': file, **quantize(file, [images])}
 
     return {
         'eager': lambda: _eager(model),
         'eager, fused': lambda: _eager(fused),
         'eager, fused, bfloat16': lambda: _eager(fused, torch.bfloat16),
-        'torch.compile of the units, fused': lambda: _compiled(fused),
         'TorchScript': lambda: _torchscript(model, folder),
         'AOTInductor': lambda: _aotinductor(model, folder),
         'ONNX Runtime': lambda: _onnx(files()['float32']),
@@ -125,40 +112,49 @@ def _forms(
     }
 
 
-def _measure(name: str, tiny: bool, batch_sizes: Sequence[int], rounds: int, folder: Path) -> List[Dict[str, Any]]:
-    model, fused = subjects.create(name, tiny), subjects.create(f'{name}:fused', tiny)
-    input_size = resolve_model_data_config(model)['input_size']
-    forms, errors = {}, {}
-    for form, make in _forms(model, fused, input_size, folder).items():
-        print(f'preparing {form}', file=sys.stderr)
-        try:
-            forms[form] = make()
-        except RuntimeError as e:  # no compiler, say: the others can still be measured
-            errors[form] = str(e).split('\n')[0]
-    rows = [dict(form=form, error=error) for form, error in errors.items()]
-    for batch_size in batch_sizes:
+FORMS = list(_forms(nn.Identity(), nn.Identity(), Path()))
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
+    forms, rows, sizes = {}, [], {}
+    for name in args.model:
+        model, fused = subjects.create(name, args.tiny), subjects.create(f'{name}:fused', args.tiny)
+        sizes[name] = resolve_model_data_config(model)['input_size']
+        (folder / name).mkdir()
+        for form, make in _forms(model, fused, folder / name).items():
+            if form not in args.forms:
+                continue
+            print(f'preparing {name}: {form}', file=sys.stderr)
+            try:
+                forms[form, name] = make()
+            except RuntimeError as e:  # no compiler, say: the others can still be measured
+                rows.append(dict(form=form, model=name, error=str(e).split('\n')[0]))
+    for batch_size in args.batch_sizes:
         print(f'measuring batches of {batch_size}', file=sys.stderr)
-        images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
-        calls = {form: Call(made, images) for form, made in forms.items()}
-        seconds = step_times(calls, rounds)
-        rows.extend(
-            dict(form=form, batch_size=batch_size, image_size=input_size[-1], **summary(times, batch_size))
-            for form, times in seconds.items())
-    return rows
+        calls = {}
+        for (form, name), made in forms.items():
+            images = torch.randn(batch_size, *sizes[name], generator=torch.Generator().manual_seed(0))
+            calls[form, name] = Call(made, images)
+        for (form, name), times in step_times(calls, args.rounds).items():
+            rows.append(dict(form=form, model=name, batch_size=batch_size, image_size=sizes[name][-1],
+                             **summary(times, batch_size)))
+    return sorted(rows, key=lambda row: (row.get('batch_size', 0), FORMS.index(row['form'])))
 
 
-def _table(rows: List[Dict[str, Any]]) -> str:
-    head = ['form', 'batch', 'size', 'ms', 'least', 'most', 'images/s', 'of eager']
-    lines = [head, ['---'] * len(head)]
-    eager = {row['batch_size']: row['seconds'] for row in rows if row['form'] == 'eager'}
+def _table(rows: List[Dict[str, Any]], first: str) -> str:
+    lines = [['form', 'batch', 'size', 'network', 'ms', 'least', 'most', 'images/s', f'of {first}']]
+    lines.append(['---'] * len(lines[0]))
+    own = {(row['form'], row['batch_size']): row['seconds'] for row in rows
+           if row['model'] == first and 'error' not in row}
     for row in rows:
         if 'error' in row:
-            lines.append([row['form'], row['error'], *['-'] * (len(head) - 2)])
+            lines.append([row['form'], '-', '-', row['model'], row['error'], *['-'] * 4])
             continue
+        share = row['seconds'] / own.get((row['form'], row['batch_size']), float('nan'))
         lines.append([
-            row['form'], str(row['batch_size']), str(row['image_size']),
+            row['form'], str(row['batch_size']), str(row['image_size']), row['model'],
             *(f'{1e3 * row[key]:.2f}' for key in ('seconds', 'seconds_min', 'seconds_max')),
-            f"{row['images_per_second']:.1f}", f"{row['seconds'] / eager[row['batch_size']]:.2f}"])
+            f"{row['images_per_second']:.1f}", f'{share:.2f}'])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
@@ -172,7 +168,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit code 0; 2 where an argument is at fault.
     """
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', default='gunn15', metavar='NAME', help='network (default: gunn15)')
+    parser.add_argument('--model', nargs='+', default=['gunn15'], metavar='NAME', help='networks (default: gunn15)')
+    parser.add_argument('--forms', nargs='+', default=FORMS, choices=FORMS, metavar='FORM',
+                        help=f"forms (default: all, which are {', '.join(map(repr, FORMS))})")
     parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16], metavar='N', help='(default: 1 16)')
     parser.add_argument('--rounds', type=int, default=20, metavar='N', help='rounds that count (default: 20)')
     parser.add_argument('--tiny', action='store_true', help='a network of a few channels, to try the script')
@@ -182,10 +180,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('error: --batch-sizes and --rounds must be at least 1', file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    versions = dict(model=args.model, **machine('cpu'), onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)
+    versions = dict(**machine('cpu'), onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _measure(args.model, args.tiny, args.batch_sizes, args.rounds, Path(folder))
-    text = [', '.join(f'{k}: {v}' for k, v in versions.items()), _table(rows)]
+        rows = _measure(args, Path(folder))
+    text = [', '.join(f'{k}: {v}' for k, v in versions.items()), _table(rows, args.model[0])]
     write(dict(machine=versions, rows=rows), text, args.out)
     print('\n\n'.join(text))
     return 0

@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 import gunn_timm  # noqa: F401
 from gunn_timm.gunn import Gunn
@@ -58,7 +59,9 @@ def _plain(model: Gunn) -> Gunn:
 
 
 def _fused(model: nn.Module) -> nn.Module:
-    return reparameterize_model(copy.deepcopy(model).eval())
+    model = reparameterize_model(copy.deepcopy(model).eval())
+    # timm's function leaves the norms of its own networks.
+    return fuse(model) if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else model
 
 
 _FORMS: Dict[str, Callable[[Gunn], nn.Module]] = {'grouped': _grouped, 'plain': _plain, 'fused': _fused}
@@ -68,8 +71,8 @@ def create(name: str, tiny: bool = False) -> nn.Module:
     """Create a subject.
 
     Args:
-        name: Model of timm's or ours, and for ours maybe a form after a colon: 'gunn18:plain' (concatenation),
-            'gunn18:fused' (norms fused), 'sunn18:grouped' (grouped convolutions, no projection shortcut).
+        name: Model of timm's or ours, and maybe a form after a colon: 'resnet101:fused' (norms fused), for ours
+            also 'gunn18:plain' (concatenation), 'sunn18:grouped' (grouped convolutions, no projection shortcut).
         tiny: Shrink our networks, and take timm's test_resnet for a peer.
 
     Returns:

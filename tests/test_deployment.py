@@ -74,7 +74,7 @@ def test_latency_of_every_form(tmp_path, capsys, monkeypatch):
 
     def watch(calls, rounds):
         with torch.inference_mode():
-            outputs.update({form: call.call() for form, call in calls.items()})
+            outputs.update({form: call.call() for (form, _), call in calls.items()})
         return step_times(calls, rounds)
 
     monkeypatch.setattr(latency, 'step_times', watch)
@@ -82,9 +82,9 @@ def test_latency_of_every_form(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(subjects.TINY, 'gunn15', SMALLEST)
     assert latency.main(['--tiny', '--rounds', '2', '--batch-sizes', '2', '--out', str(tmp_path)]) == 0
     failed, *rows = json.loads((tmp_path / 'results.json').read_text())['rows']
-    assert failed == dict(form='AOTInductor', error='no compiler') and len(rows) == len(outputs) == 8
+    assert failed == dict(form='AOTInductor', model='gunn15', error='no compiler') and len(rows) == len(outputs) == 7
     for form, out in outputs.items():
         # Of 8 bits a number each operation loses some tenths of a percent.
         out = torch.as_tensor(out[0] if isinstance(out, list) else out).float()
         assert relative(out, outputs['eager']) <= (0.1 if 'int8' in form or 'bfloat16' in form else 1e-5), form
-    assert '| eager | 2 | 32 |' in (tmp_path / 'tables.md').read_text() in capsys.readouterr().out
+    assert '| eager | 2 | 32 | gunn15 |' in (tmp_path / 'tables.md').read_text() in capsys.readouterr().out

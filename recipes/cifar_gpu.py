@@ -27,8 +27,8 @@ import gunn_timm  # noqa: F401
 from gunn_timm.layers import compile_units
 from gunn_timm.zoo.files import load_checkpoint, write_file
 
-# A run goes on with the same of these.
-_SETTINGS = ('model', 'amp', 'epochs', 'batch_size', 'sched', 'lr', 'weight_decay', 'smoothing', 'ema', 'seed')
+# What a run may not change on its way.
+_FIXED = ('model', 'amp', 'epochs', 'batch_size', 'sched', 'lr', 'weight_decay', 'smoothing', 'ema', 'seed')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ class _Trainer:
         if args.checkpoint.is_file():
             with safetensors.safe_open(args.checkpoint, 'pt') as file:
                 saved = {key: json.loads(value) for key, value in file.metadata().items()}
-            changed = [key for key in _SETTINGS if saved[key] != getattr(args, key)]
+            changed = [key for key in _FIXED if saved[key] != getattr(args, key)]
             if changed:
                 raise ValueError(f"'{args.checkpoint}' is of a run with another {', '.join(changed)}.")
             self._restore(safetensors.torch.load_file(args.checkpoint))
@@ -127,7 +127,7 @@ class _Trainer:
             tensor.copy_(tensors[key])
 
     def save(self) -> None:
-        metadata = dict({k: getattr(self.args, k) for k in _SETTINGS}, epoch=self.epoch, scaler=self.scaler.state_dict())
+        metadata = dict({k: getattr(self.args, k) for k in _FIXED}, epoch=self.epoch, scaler=self.scaler.state_dict())
         _write(self.args.checkpoint, self.state, {key: json.dumps(value) for key, value in metadata.items()})
 
     def _step(self) -> None:

@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test bench docs lint
+.PHONY: demo test test-gpu bench docs lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
@@ -15,6 +15,9 @@ test: export OMP_NUM_THREADS := 1
 test: lint $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -q -n auto tests
 	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
+
+test-gpu: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q tests/test_gpu.py
 
 # glibc hands freed memory back to the system at once, and faults it in again a step later.
 bench: export MALLOC_MMAP_THRESHOLD_ := 4294967296

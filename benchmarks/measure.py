@@ -1,5 +1,4 @@
 """How it is measured: step times in interleaved rounds, peak memory by the allocator, multiplications by counting."""
-import contextlib
 import statistics
 import time
 from functools import lru_cache
@@ -14,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gunn_timm.layers import GunnLayer, compile_units
 
 __all__ = [
-    'MODES', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'peak_rates', 'profile', 'step_times', 'summary',
-    'traffic',
+    'MODES', 'STEPS_PER_TIMING', 'Workload', 'gmacs', 'kernel_launches', 'peak_memory', 'peak_rates', 'profile',
+    'step_times', 'summary', 'traffic',
 ]
 
 # What is compiled, and whether the step is captured in a CUDA graph. Networks without update units are compiled whole.
@@ -26,6 +25,8 @@ MODES = {
     'CUDA graph': ('', True),
     'units compiled, CUDA graph': ('units', True),
 }
+# Steps between two events on a GPU: what the first one waits for is then a small part.
+STEPS_PER_TIMING = 20
 
 
 def _seconds(function: Callable[[], Any], device: str) -> float:
@@ -47,7 +48,7 @@ class Workload:
         image_size: Height and width.
         train: Forward, backward and an SGD update; else forward.
         device: 'cpu' or 'cuda'.
-        dtype: torch.float32, or torch.bfloat16 for autocast to it.
+        dtype: Training autocasts to it (float16 with a gradient scaler); for inference the weights are of it.
         mode: One of `MODES`.
         in_chans: Channels of the input.
     """
@@ -63,12 +64,17 @@ class Workload:
             mode: str = 'eager',
             in_chans: int = 3,
     ):
-        self.model = model.to(device, memory_format=torch.channels_last).train(train)
+        stored = torch.float32 if train else dtype
+        self.model = model.to(device, stored, memory_format=torch.channels_last).train(train)
         self.train, self.device, self.dtype = train, device, dtype
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, in_chans, image_size, image_size, generator=generator)
-        self.images = images.to(device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True) if train else None
+        self.images = images.to(device, stored, memory_format=torch.channels_last)
+        if train:
+            # Fused, it looks for infinite gradients on the GPU, so that the step can be captured with the scaler.
+            fused = True if device == 'cuda' else None
+            self.optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=fused)
+            self.scaler = torch.amp.GradScaler(device, 1024., enabled=dtype == torch.float16)
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
         compiled, captured = MODES[mode]
         if compiled == 'units' and any(isinstance(module, GunnLayer) for module in model.modules()):
@@ -79,20 +85,17 @@ class Workload:
         if captured:
             self.step = self._capture()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
-
     def _train_step(self) -> None:
         self.optimizer.zero_grad()
-        with self._autocast():
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             out = self.call(self.images)
-        out.float().square().mean().backward()
-        self.optimizer.step()
+        self.scaler.scale(out.float().square().mean()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     @torch.no_grad()
     def _infer(self) -> torch.Tensor:
-        with self._autocast():
-            return self.call(self.images)
+        return self.call(self.images)
 
     def _capture(self) -> Callable[[], None]:
         stream = torch.cuda.Stream()
@@ -107,8 +110,16 @@ class Workload:
         return graph.replay
 
     def timed(self) -> float:
-        """Run one step and return its seconds."""
-        return _seconds(self.step, self.device)
+        """Run one step, on a GPU several between two events, and return the seconds of one."""
+        if self.device == 'cpu':
+            return _seconds(self.step, self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(STEPS_PER_TIMING):
+            self.step()
+        end.record()
+        end.synchronize()
+        return 1e-3 * start.elapsed_time(end) / STEPS_PER_TIMING
 
 
 def step_times(workloads: Dict[str, Workload], rounds: int) -> Dict[str, List[float]]:
@@ -195,7 +206,8 @@ def kernel_launches(workload: Workload) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         workload.step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if event.device_type.name == 'CUDA')
+    events = [event for event in profiler.key_averages() if event.device_type.name == 'CUDA']
+    return sum(event.count for event in events if not event.is_user_annotation)  # such as the optimiser's step
 
 
 class _TrafficCounter(TorchDispatchMode):

@@ -3,36 +3,28 @@
 
     python benchmarks/run.py                        the short version, for two CPU cores: under five minutes
     python benchmarks/run.py --full                 more networks, batches and data types
-    python benchmarks/run.py --suite cuda --full    on a GPU: eager, compiled, in CUDA graphs, and combinations
+    python benchmarks/run.py --suite cuda           on a GPU: eager, in CUDA graphs, compiled; under eight minutes
+    python benchmarks/run.py --suite cuda --full --only train gunn18 graph
 
-Writes results.json, the tables as Markdown, and a plot of how time and memory grow, to the folder given by --out.
+Writes results.json, the tables as Markdown, and a plot of how time and memory grow, to the folder given by --out; the
+first two after every case, so that a run that is cut leaves what it has measured.
 """
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
+import measure
 import subjects
 import timm
 import torch
-from measure import (
-    MODES,
-    Workload,
-    gmacs,
-    kernel_launches,
-    peak_memory,
-    peak_rates,
-    profile,
-    step_times,
-    summary,
-    traffic,
-)
 
 from gunn_timm.layers import GunnLayer, set_backend
 from gunn_timm.zoo.files import write_file
@@ -101,25 +93,58 @@ _TARGETS = [
       for peer in _PEERS),
     Target('time per GMAC', 'wide_gunn18:fused', 'gunn18:fused', _INFER_4, 1.),
 ]
-_CUDA_LARGE = ('gunn18', 'wide_gunn18', 'sunn18', 'resnet50', 'resnet101', 'resnext50_32x4d', 'resnext101_32x4d',
-               'densenet161', 'densenet201', 'dpn98')
+# The most telling first, for a run that is cut.
+_CUDA_SHORT = [
+    Case(('gunn18', 'sunn18:grouped', 'resnet101'), True, 64, 224, 'bfloat16', 'CUDA graph'),
+    Case(('gunn15', 'gunn15:plain', 'sunn15'), True, 256, 32, 'bfloat16', 'CUDA graph'),
+    Case(('gunn18:fused', 'resnet101'), False, 64, 224, 'bfloat16', 'CUDA graph'),
+    Case(('gunn15', 'sunn15'), True, 256, 32, 'bfloat16'),
+    Case(('gunn18', 'gunn18:plain', 'sunn18', 'sunn18:grouped', 'resnet101'), True, 64, 224, 'bfloat16'),
+    Case(('gunn18', 'gunn18:fused', 'resnet101'), False, 64, 224, 'bfloat16'),
+    Case(('gunn18:fused', 'resnet101'), False, 1, 224, 'bfloat16', 'CUDA graph'),
+    Case(('gunn15',), True, 256, 32, 'float16'),
+    Case(('gunn15',), True, 256, 32, 'float16', 'CUDA graph'),
+    Case(('gunn18:fused',), False, 64, 224, 'float16', 'CUDA graph'),
+    Case(('gunn15',), True, 256, 32, 'bfloat16', 'units compiled, CUDA graph'),
+    Case(('gunn18',), True, 64, 224, 'bfloat16', 'units compiled, CUDA graph'),
+]
+_CUDA_224 = ('gunn18', 'gunn18:plain', 'gunn18:fused', 'wide_gunn18', 'wide_gunn18:fused', 'sunn18', 'sunn18:grouped',
+             'resnet50', 'resnext50_32x4d', *_PEERS, 'densenet201', 'dpn98')
+_CUDA_32 = ('gunn15', 'gunn15:plain', 'gunn15:fused', 'sunn15', 'gunn24', 'gunn24:plain', 'gunn24:fused')
+# For the estimate of how long an H100 takes; none of it was measured. Seconds to prepare a network, to compile it, of a
+# step in eager mode at the least; multiply-accumulates a second, and in one image's forward where it is not 8e9.
+_PREPARE, _COMPILE, _EAGER_STEP, _RATE = 8, {'': 0, 'units': 40, 'whole': 150}, 0.05, 1e13
+_MACS = {'gunn15': 0.56e9, 'sunn15': 0.56e9, 'gunn24': 10.7e9, 'wide_gunn18': 26.1e9}
 
 
-def _cuda_cases(full: bool) -> List[Case]:
-    cases = []
-    for mode in MODES if full else ('eager', 'units compiled, CUDA graph'):
-        for train in (True, False):
-            for batch in (64, 256) if full else (64,):
-                # A captured graph keeps the memory of its step: of all networks together, that may be too much.
-                together = [_CUDA_LARGE] if not MODES[mode][1] else [(name,) for name in _CUDA_LARGE]
-                cases.extend(Case(names, train, batch, 224, 'bfloat16', mode) for names in together)
-            for batch in (64, 256, 1024) if full else (64,):
-                cases.append(Case(('gunn15', 'sunn15', 'gunn24'), train, batch, 32, 'bfloat16', mode))
-    return cases
+def _cuda_cases() -> List[Case]:
+    """Everything, hours of it; --only chooses. A captured graph keeps the memory of its step: one network a case."""
+    return [
+        Case((name,), train, batch, size, dtype, mode)
+        for mode, dtype, train in itertools.product(measure.MODES, ('bfloat16', 'float16'), (True, False))
+        for size, names, batches in ((224, _CUDA_224, (1, 64, 256)), (32, _CUDA_32, (1, 64, 256, 1024)))
+        for batch, name in itertools.product(batches, names) if not (train and (batch == 1 or ':fused' in name))]
 
 
-def _workload(model: torch.nn.Module, row: Dict[str, Any]) -> Workload:
-    return Workload(
+def _choose(cases: List[Case], words: Sequence[str]) -> List[Case]:
+    """Keep the networks of each case whose line, 'train gunn18 64 224 bfloat16 CUDA graph' say, has all the words."""
+    def is_chosen(name: str, case: Case) -> bool:
+        line = ' '.join(map(str, ('train' if case.train else 'infer', name, *case[2:6])))
+        return all(word in line for word in words)
+
+    chosen = [case._replace(names=tuple(name for name in case.names if is_chosen(name, case))) for case in cases]
+    return [case for case in chosen if case.names]
+
+
+def _estimate(case: Case, rounds: int) -> float:
+    compiled, captured = measure.MODES[case.mode]
+    macs = [_MACS.get(name.split(':')[0], 8e9) * case.batch_size * (3 if case.train else 1) for name in case.names]
+    steps = (rounds + 1) * measure.STEPS_PER_TIMING
+    return sum(_PREPARE + _COMPILE[compiled] + steps * max(m / _RATE, 0 if captured else _EAGER_STEP) for m in macs)
+
+
+def _workload(model: torch.nn.Module, row: Dict[str, Any]) -> measure.Workload:
+    return measure.Workload(
         model, row['batch_size'], row['image_size'], row['train'], row['device'], getattr(torch, row['dtype']),
         row['mode'])
 
@@ -132,45 +157,53 @@ def _rows(case: Case, device: str, tiny: bool) -> List[Dict[str, Any]]:
         for name in case.names]
 
 
+def _error(e: Exception) -> str:
+    return (str(e) or type(e).__name__).split('\n')[0]
+
+
 def _measure_case(case: Case, device: str, rounds: int, tiny: bool) -> List[Dict[str, Any]]:
     workloads, rows = {}, _rows(case, device, tiny)
-    compiled, captured = MODES[case.mode]
+    compiled, captured = measure.MODES[case.mode]
     for row in rows:
-        try:
+        try:  # out of memory, or what cannot be compiled or captured: the others still can
             model = subjects.create(row['name'], tiny)
-            row['gmacs'] = gmacs(model, row['image_size'])
+            row['gmacs'] = measure.gmacs(model, row['image_size'])
             start = time.perf_counter()
             workload = _workload(model, row)
             if compiled:
                 workload.step()
                 row['first_step_seconds'] = time.perf_counter() - start
             if not captured:
-                row['peak_bytes'] = peak_memory(workload)
+                row['peak_bytes'] = measure.peak_memory(workload)
             if case.mode == 'eager':
-                row['traffic_bytes'] = traffic(workload)
+                row['traffic_bytes'] = measure.traffic(workload)
             if device == 'cuda':
-                row['launches'] = kernel_launches(workload)
+                row['launches'] = measure.kernel_launches(workload)
             workloads[row['name']] = workload
-        except RuntimeError as e:  # out of memory, or a peer that cannot be captured: the others still can
-            row['error'] = str(e).split('\n')[0]
-    if case.timed:
-        flops_per_second, bytes_per_second = peak_rates(device, getattr(torch, case.dtype))
-        seconds = step_times(workloads, rounds)
-        for row in rows:
-            if row['name'] in seconds:
-                row.update(summary(seconds[row['name']], row['batch_size']))
-                macs = row['gmacs'] * row['batch_size'] * (3 if case.train else 1)
-                row['gmacs_per_second'] = macs / row['seconds']
-                if 'traffic_bytes' in row:
-                    bound = max(2e9 * macs / flops_per_second, row['traffic_bytes'] / bytes_per_second)
-                    row['roofline_share'] = bound / row['seconds']
+        except Exception as e:
+            row['error'] = _error(e)
+    if not case.timed:
+        return rows
+    try:
+        seconds = measure.step_times(workloads, rounds)
+        rates = measure.peak_rates(device, getattr(torch, case.dtype)) if case.mode == 'eager' else None
+    except Exception as e:
+        return [{'error': _error(e), **row} for row in rows]
+    for row in rows:
+        if row['name'] in seconds:
+            row.update(measure.summary(seconds[row['name']], row['batch_size']))
+            macs = row['gmacs'] * row['batch_size'] * (3 if case.train else 1)
+            row['gmacs_per_second'] = macs / row['seconds']
+            if rates:
+                bound = max(2e9 * macs / rates[0], row['traffic_bytes'] / rates[1])
+                row['roofline_share'] = bound / row['seconds']
     return rows
 
 
 def _profiles(tiny: bool) -> List[Dict[str, Any]]:
     rows = [row for case in _PROFILES for row in _rows(case, 'cpu', tiny)]
     for row in rows:
-        row['shares'] = profile(_workload(subjects.create(row['name'], tiny), row))
+        row['shares'] = measure.profile(_workload(subjects.create(row['name'], tiny), row))
     return rows
 
 
@@ -189,11 +222,11 @@ def _layer_point(what: str, channels: int, segments: int, batch: int, size: int,
     layer = GunnLayer(channels, segments, ordered=form != 'unordered')
     if form == 'concatenation':
         set_backend(layer, 'plain')
-    workload = Workload(layer, batch, size, True, in_chans=channels)
-    peak = peak_memory(workload)
+    workload = measure.Workload(layer, batch, size, True, in_chans=channels)
+    peak = measure.peak_memory(workload)
     return dict(
         what=what, form=form, channels=channels, segments=segments, batch_size=batch, image_size=size, peak_bytes=peak,
-        **summary(step_times({'': workload}, 3)[''], batch))
+        **measure.summary(measure.step_times({'': workload}, 3)[''], batch))
 
 
 def _scaling(tiny: bool) -> List[Dict[str, Any]]:
@@ -249,11 +282,12 @@ def _table(rows: List[Dict[str, Any]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def _target_table(rows: Dict[Case, List[Dict[str, Any]]]) -> str:
+def _target_table(rows: Dict[Tuple[Any, ...], List[Dict[str, Any]]]) -> str:
+    """Compare with the targets; the rows are those of a case without its names."""
     lines = ['| what | ratio | target | |', '| --- | --- | --- | --- |']
     for target in _TARGETS:
-        by_name = {row['name']: row for row in rows[target.case]}
-        a, b = by_name[target.name], by_name[target.over]
+        by_name = {row['name']: row for row in rows.get(target.case[1:], ())}
+        a, b = by_name.get(target.name, {}), by_name.get(target.over, {})
         key = 'peak_bytes' if target.what == 'memory' else 'seconds'
         case = target.case
         limit = '-' if target.limit is None else f'{target.limit:.2f}'
@@ -312,7 +346,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--suite', default='cpu', choices=('cpu', 'cuda'), help='what to measure (default: cpu)')
     parser.add_argument('--full', action='store_true', help='measure more')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='rounds that count (default: 5)')
+    parser.add_argument('--only', nargs='+', default=[], metavar='WORD',
+                        help="networks whose line has these, 'train', 'gunn18', '224' or 'graph' say")
+    parser.add_argument('--rounds', type=int, metavar='N', help='rounds that count (default: 5; on a GPU 3)')
     parser.add_argument('--tiny', action='store_true', help='networks and images of a few pixels, to try the script')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help="device (default: the suite's)")
     parser.add_argument('--out', type=Path, default=Path('output/bench'), metavar='DIR', help='folder to write to')
@@ -322,22 +358,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('error: --suite cuda needs a CUDA device; --device cpu tries the script without one', file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    cases = _cuda_cases(args.full) if args.suite == 'cuda' else _SHORT + (_LONG if args.full else [])
-    if device == 'cpu':
-        cases = [case for case in cases if not MODES[case.mode][1]]
-    measured_on = machine(device)
-    rows = {}
+    torch.backends.cudnn.benchmark = True
+    rounds = args.rounds or (5 if device == 'cpu' else 3)
+    if args.suite == 'cpu':
+        cases = _SHORT + (_LONG if args.full else [])
+    else:
+        cases = _cuda_cases() if args.full else _CUDA_SHORT
+    cases = [case for case in _choose(cases, args.only) if device == 'cuda' or not measure.MODES[case.mode][1]]
+    if not cases:
+        print(f"error: there is nothing to measure with {' and '.join(args.only)}", file=sys.stderr)
+        return 2
+    if args.suite == 'cuda':
+        seconds = sum(_estimate(case, rounds) for case in cases)
+        print(f"About {seconds:.0f} s on an H100, assuming {_PREPARE} s a network, {_COMPILE['units']} to compile its "
+              f"units or {_COMPILE['whole']} the whole, {_EAGER_STEP} an eager step, and {_RATE:.0e} MACs a second.",
+              file=sys.stderr)
+    measured_on, rows = machine(device), {}
+    results: Dict[str, Any] = dict(machine=measured_on, rows=[])
     for case in cases:
         print(f"measuring {'training' if case.train else 'inference'} of {', '.join(case.names)}", file=sys.stderr)
-        rows[case] = _measure_case(case, device, args.rounds, args.tiny)
+        rows[case[1:]] = _measure_case(case, device, rounds, args.tiny)
+        results['rows'] += rows[case[1:]]
+        text = [', '.join(f'{k}: {v}' for k, v in measured_on.items()), _table(results['rows'])]
+        if args.suite == 'cpu':
+            text.insert(1, _target_table(rows))
+        write(results, text, args.out)
+        torch.compiler.reset()
         gc.collect()
-    flat = [row for case_rows in rows.values() for row in case_rows]
-    results: Dict[str, Any] = dict(machine=measured_on, rows=flat)
-    text = [', '.join(f'{k}: {v}' for k, v in measured_on.items()), _table(flat)]
-    if args.suite == 'cpu':
-        text.insert(1, _target_table(rows))
-    write(results, text, args.out)
-    if args.suite == 'cpu':
+        torch.cuda.empty_cache()
+    if args.suite == 'cpu' and not args.only:
         print('profiling', file=sys.stderr)
         results['profiles'] = _profiles(args.tiny)
         text.append(_profile_table(results['profiles']))

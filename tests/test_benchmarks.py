@@ -9,6 +9,7 @@ from conftest import ROOT
 from torch._dynamo.utils import counters
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
+import measure  # noqa: E402
 import run as benchmark  # noqa: E402
 import subjects  # noqa: E402
 from measure import Workload, gmacs, peak_memory, step_times, traffic  # noqa: E402
@@ -30,10 +31,38 @@ def test_short_version(suite, tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / 'results.json').read_text())['rows']
     assert {(row['name'], row['error']) for row in rows if 'error' in row} == {('sunn18', 'out of memory')}
     assert all(row['seconds'] > 0 and row['gmacs'] > 0 for row in rows if row['timed'] and 'error' not in row)
-    tables = (tmp_path / 'tables.md').read_text()
-    assert tables in capsys.readouterr().out and '| out of memory |' in tables
+    assert {row['dtype'] for row in rows} == {'bfloat16', 'float32' if suite == 'cpu' else 'float16'}
+    tables, printed = (tmp_path / 'tables.md').read_text(), capsys.readouterr()
+    assert tables in printed.out and '| out of memory |' in tables
+    assert ('s on an H100, assuming' in printed.err) is (suite == 'cuda')
     extras = ['sunn18 | - | 1.15 | not measured |' in tables, (tmp_path / 'scaling.png').is_file()]
     assert extras == [suite == 'cpu'] * 2
+
+
+def test_results_are_written_after_every_case(tmp_path, monkeypatch):
+    """Of what was asked for, in a run that is cut; timing that fails is recorded."""
+    measured = []
+
+    def fail_or_cut(workloads, rounds):
+        measured.append(list(workloads))
+        raise AssertionError('timing') if len(measured) == 1 else KeyboardInterrupt
+
+    monkeypatch.setattr(measure, 'step_times', fail_or_cut)
+    arguments = f'--suite cuda --device cpu --tiny --out {tmp_path} --only'.split()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*arguments, 'gunn15', 'eager', 'train'])
+    assert measured == [['gunn15'], ['gunn15']]
+    rows = json.loads((tmp_path / 'results.json').read_text())['rows']
+    assert [(row['name'], row['dtype'], row['error']) for row in rows] == [('gunn15', 'bfloat16', 'timing')]
+    assert benchmark.main([*arguments, 'gunn16']) == 2
+
+
+def test_cuda_suite_fits_eight_minutes_by_its_estimate():
+    assert sum(benchmark._estimate(case, 3) for case in benchmark._CUDA_SHORT) < 480
+    forms = {name for case in benchmark._CUDA_SHORT for name in case.names}
+    assert {'gunn18:plain', 'gunn18:fused', 'sunn18:grouped'} <= forms
+    cases = benchmark._cuda_cases()
+    assert len(set(cases)) == len(cases)
 
 
 @pytest.mark.parametrize('name, graphs', [('gunn15', 3), ('resnet101', 1)])

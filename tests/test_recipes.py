@@ -1,17 +1,27 @@
 """The recipes, as far as they can be checked without running them: what timm makes of them."""
 import argparse
+import functools
+import json
 import math
 import re
+import sys
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, timm_checkout
+from conftest import ROOT, TINY, timm_checkout
+from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from gunn_timm.zoo.files import load_checkpoint
 from gunn_timm.zoo.records import model_infos, weights_records
+
+sys.path.insert(0, str(ROOT / 'recipes'))
+import cifar_gpu  # noqa: E402
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / 'recipes').glob('*.yaml'))}
 PAPER = [name for name in RECIPES if name.endswith('_paper')]
@@ -108,3 +118,63 @@ def test_keys_are_options_of_train_py(run, checkout):
     code = "import runpy, sys; print(*(a.dest for a in runpy.run_path(sys.argv[1])['parser']._actions))"
     result = run('-c', code, checkout / 'train.py', cwd='/')
     assert {key for recipe in RECIPES.values() for key in recipe} <= set(result.stdout.split()), result.stderr
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """cifar_gpu.py with a network of a few channels, on 22 images of two classes, five batches of 4."""
+    generator = np.random.default_rng(0)
+    for split, count in (('train', 22), ('test', 8)):
+        for i in range(count):
+            path = tmp_path / 'data' / split / 'ab'[i % 2] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+    create = functools.partial(timm.create_model, num_classes=2, **TINY['gunn15'])
+    monkeypatch.setattr(cifar_gpu.timm, 'create_model', create)
+
+    def train(name, *options):
+        return cifar_gpu.main([
+            '--data-dir', f'{tmp_path}/data', '--checkpoint', f'{tmp_path}/{name}.ckpt', '--device', 'cpu', '-b', '4',
+            '--out', f'{tmp_path}/{name}.safetensors', '--epochs', '2', *options])
+
+    return train
+
+
+@pytest.mark.parametrize('options', [
+    ['--amp', 'float32'], ['--ema', '0.5', '--smoothing', '0.1', '--sched', 'cosine'], ['--amp', 'float16']])
+def test_cifar_gpu_ends_as_an_uncut_run(options, train, tmp_path, capsys):
+    assert train('whole', *options) == 0
+    whole, = map(json.loads, capsys.readouterr().out.splitlines())
+    assert train('cut', '--minutes', '0', *options) == 0 and not (tmp_path / 'cut.safetensors').exists()
+    assert train('cut', '--seed', '1', *options) == 2
+    assert 'is of a run with another seed' in capsys.readouterr().err
+    assert train('cut', '--minutes', '0', *options) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
+    assert whole['epoch'] == 2 and 0 <= whole['top1'] <= 100
+    models = [cifar_gpu.timm.create_model('gunn15') for _ in range(3)]
+    for model, name in zip(models, ('whole', 'cut')):
+        load_checkpoint(model, tmp_path / f'{name}.safetensors')
+    initial, (first, second) = models.pop().state_dict(), (model.state_dict() for model in models)
+    assert all(torch.equal(first[key], second[key]) and not torch.equal(first[key], initial[key]) for key in first)
+    # The average is what is written, but not what is trained on.
+    trained = safetensors.torch.load_file(tmp_path / 'whole.ckpt')
+    assert torch.equal(trained['model.fc.weight'], first['fc.weight']) is ('--ema' not in options)
+
+
+def test_cifar_gpu_takes_the_papers_steps(train):
+    """The optimiser, the learning rates, the crops and the flips."""
+    args = cifar_gpu._parser().parse_args('--data-dir . --checkpoint . --out . -b 2 --device cpu'.split())
+    trainer = cifar_gpu._Trainer(args, torch.randn(2, 24, 24, 3).bfloat16(), torch.tensor([0, 1]))
+    assert trainer.train_epoch() > 0
+    assert_papers_optimizer(trainer.model, trainer.optimizer)
+    rates = [cifar_gpu._learning_rate(args, epoch, 0.5) for epoch in range(args.epochs)]
+    assert rates == pytest.approx([0.1] * 149 + [0.01] * 75 + [0.001] * 76)
+    args.sched = 'cosine'
+    assert cifar_gpu._learning_rate(args, 149, 1.) == pytest.approx(0.05)
+    images = torch.arange(2 * 12 * 13 * 3, dtype=torch.float).view(2, 12, 13, 3)
+    index = torch.tensor([1, 0]).repeat(200)
+    found = cifar_gpu._augment(images, index)
+    crops = [images[:, top:top + 4, left:left + 5].permute(0, 3, 1, 2) for top in range(9) for left in range(9)]
+    crops = torch.stack([view for crop in crops for view in (crop, crop.flip(3))])
+    which = (found == crops[:, index]).flatten(2).all(2)
+    assert (which.sum(0) == 1).all() and which.any(1).sum() > 120

@@ -59,14 +59,6 @@ def test_quantized_forms(exported, capsys):
     assert operations['static'].count('Conv') == convolutions and 'QuantizeLinear' in operations['static']
 
 
-def test_file_without_metadata_is_refused(exported, capsys):
-    proto, file = onnx.load(exported), exported.with_name('foreign.onnx')
-    proto.ClearField('metadata_props')
-    onnx.save(proto, file)
-    assert example.main([str(file), '--data-dir', str(exported.parent)]) == 2
-    assert capsys.readouterr().err.startswith('error: The file does not say how to prepare images')
-
-
 def test_latency_of_every_form(tmp_path, capsys, monkeypatch):
     """One that fails, as AOTInductor does without a compiler, leaves the others."""
     torch.compiler.reset()

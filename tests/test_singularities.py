@@ -4,7 +4,6 @@ import json
 import sys
 
 import numpy as np
-import pytest
 import timm
 import torch
 from conftest import ROOT, TINY
@@ -22,15 +21,6 @@ def test_linear_neurons_part_unless_unordered_and_without_residual():
         else:
             # Through the order within one step; through the residual alone, once the read-out has told them apart.
             assert (distances[1] > 0) == ('unordered' not in name) and distances[-1] > 1e-2
-
-
-def test_alikeness():
-    independent = torch.randn(4, 5, 30, 30, generator=torch.Generator().manual_seed(0))
-    measured = singularities.alikeness(independent)
-    # Of 3600 samples a correlation is about 1 / 60.
-    assert measured['mean_correlation'] < 0.05 and measured['above_0_9'] == 0 and measured['effective_rank'] > 0.99
-    same = singularities.alikeness(independent[:, :1] * torch.tensor([1., 2, -1, 3, 1]).view(-1, 1, 1))
-    assert same == pytest.approx(dict(mean_correlation=1, above_0_9=1, effective_rank=1 / 5))
 
 
 def test_command(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gunn_timm.layers import GunnLayer, UpdateUnit, compile_units, set_backend
+from gunn_timm.layers import GunnLayer, compile_units, set_backend
 
 
 @pytest.mark.parametrize('make, message', [
@@ -20,16 +20,15 @@ def test_bad_arguments(make, message):
 
 
 def test_forced_backend_says_why_it_cannot_run():
-    layer = GunnLayer(12, 3)
+    layer, unordered = GunnLayer(12, 3), GunnLayer(12, 3, ordered=False)
     x = torch.randn(2, 12, 4, 4)
-    set_backend(layer, 'gradual')
+    for model in (layer, unordered):
+        set_backend(model, 'gradual')
     with pytest.raises(RuntimeError, match="'gradual' cannot run here: the layer is being traced"):
         torch.jit.trace(layer, x)
     # Evaluation and the unordered baseline run as they can.
     with torch.no_grad():
         torch.jit.trace(layer, x)
-    unordered = GunnLayer(12, 3, ordered=False)
-    set_backend(unordered, 'gradual')
     torch.jit.trace(unordered, x)
 
 
@@ -63,17 +62,6 @@ def test_every_module_is_called():
         module.register_forward_hook(lambda module, args, out, name=name: called.append(name))
     layer(torch.randn(2, 12, 4, 4))
     assert sorted(called) == sorted(n for n, m in layer.named_modules() if not isinstance(m, nn.ModuleList))
-
-
-def test_unit_is_a_bottleneck_with_projection():
-    unit = UpdateUnit(12, 4, expansion=3, num_blocks=2, shortcut=True)
-    shapes = {n: tuple(m.weight.shape) for n, m in unit.named_modules() if isinstance(m, nn.Conv2d)}
-    assert shapes == {
-        'blocks.0.conv1.conv': (12, 12, 1, 1), 'blocks.0.conv2.conv': (12, 12, 3, 3),
-        'blocks.0.conv3.conv': (4, 12, 1, 1), 'blocks.1.conv1.conv': (12, 4, 1, 1),
-        'blocks.1.conv2.conv': (12, 12, 3, 3), 'blocks.1.conv3.conv': (4, 12, 1, 1),
-        'shortcut.conv': (4, 12, 1, 1),
-    }
 
 
 def test_drop_path_without_residual_is_left_out():

@@ -169,7 +169,8 @@ def test_script_trace_and_export():
                 assert relative(again(x), expected) <= EXACT, name
 
 
-@pytest.mark.parametrize('name, training', [('gunn15', True), ('gunn18', False)])
+@pytest.mark.parametrize('name, training', [
+    ('gunn15', True), pytest.param('gunn18', False, marks=pytest.mark.slow)])
 def test_compile_in_one_graph(name, training):
     model = create_tiny(name).double().train(training)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')

@@ -1,5 +1,4 @@
 """The ablation around the trainings: what it runs, what it goes on from, and what it makes of their logs."""
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +12,12 @@ import ablation  # noqa: E402
 
 def train(command):
     """Log what timm's train.py would. The first network's training is cut in its first seed, until it is resumed."""
-    assert command[1:9] == '-m torch.distributed.run --nproc_per_node 2 -m gunn_timm run'.split() + [__file__]
     options = dict(zip(command, command[1:]))
     log, seed = Path(options['--output'], options['--experiment'], 'summary.csv'), int(options['--seed'])
-    last, cut = log.with_name('last.pth.tar'), log.parent.name == 'sunn15-0'
     log.parent.mkdir(parents=True, exist_ok=True)
-    resumed = options.get('--resume') == str(last) and last.is_file()
-    last.touch()
-    epochs = (2, 3, 4) if resumed else (0, 1) if cut else range(5)
+    log.with_name('last.pth.tar').touch()
+    resumed = options.get('--resume') == str(log.with_name('last.pth.tar'))
+    epochs = (2, 3, 4) if resumed else (0, 1) if log.parent.name == 'sunn15-0' else range(5)
     with log.open('a') as file:
         file.write('' if resumed else 'epoch,train_loss,eval_top1\n')
         file.writelines(f'{epoch},2,{10 * epoch + len(options["--model"]) + seed}\n' for epoch in epochs)
@@ -30,16 +27,12 @@ def train(command):
 def test_cut_runs_go_on_and_finished_ones_are_kept(tmp_path, capsys, monkeypatch):
     run = mock.Mock(side_effect=train)
     monkeypatch.setattr(ablation.subprocess, 'run', run)
-    (tmp_path / 'train').mkdir()
-    (tmp_path / 'test').mkdir()
+    for split in ('train', 'test'):
+        (tmp_path / split).mkdir()
     arguments = f'--budget laptop --train-script {__file__} --data-dir {tmp_path} --out {tmp_path} --seeds 0 2'.split()
     assert ablation.main(arguments) == 2
     assert 'error: Training sunn15-0 failed; its output is above.' in capsys.readouterr().err
     assert ablation.main(arguments) == ablation.main(arguments) == 0 and run.call_count == 1 + 6
-    runs = json.loads((tmp_path / 'results.json').read_text())['runs']
-    assert [(run['network'], run['seed']) for run in runs] == [
-        (network, seed) for seed in (0, 2) for network in ('sunn15', 'gunn15_nores', 'gunn15')]
-    assert all([row['epoch'] for row in run['curve']] == [0, 1, 2, 3, 4] for run in runs)
     # 100 less the last epoch's 40, the length of 'sunn15.cifar10', and the seed.
     assert '| sunn15 | 45.00 ± 1.41 | 2 | 5.64 |' in (tmp_path / 'table.md').read_text()
     assert (tmp_path / 'curves.png').is_file()

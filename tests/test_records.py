@@ -58,15 +58,13 @@ def test_accuracy_and_logits_are_the_recorded_ones(name):
 
 
 @pytest.mark.parametrize('name', weights_records())
-def test_card_and_configuration_agree_with_the_record(name):
+def test_card_and_configuration_agree_with_the_record(name, capsys):
     record = weights_records()[name]
     files = repository_files(record, 'org/x')
     config = json.loads(files['config.json'])
     assert config['label_names'] == record.label_names and config['sha256'] == record.sha256
-    assert config['num_classes'] == len(record.label_names)
     assert f"{config['architecture']}.{config['pretrained_cfg']['tag']}" == name
-    for key, value in record.preprocessing.items():
-        assert config['pretrained_cfg'][key] == value
+    assert record.preprocessing.items() <= config['pretrained_cfg'].items()
     card = ModelCard(files['README.md'].decode())
     assert (card.data.library_name, card.data.license) == ('timm', record.license)
     # miniImageNet has no home of its own there.
@@ -77,14 +75,8 @@ def test_card_and_configuration_agree_with_the_record(name):
     for figure in (f"{record.metrics['top1']}% / {record.metrics['top5']}%", f'{record.parameters:,}', record.sha256,
                    record.dataset['copy'], record.metrics['command'], *record.training['command']):
         assert figure in card.text
-    seeds = record.training['seed']
-    assert len(seeds) == 1 or f'one for each of the {len(seeds)} stretches of one run' in card.text
     assert not re.search(r'None|\{|\[More Information', re.sub(r'```.*?```', '', card.text, flags=re.DOTALL))
-
-
-@pytest.mark.parametrize('name', weights_records())
-def test_card_beside_the_record_is_current(name, capsys):
-    """`python -m gunn_timm card NAME > weights/NAME.md` writes it."""
+    # `python -m gunn_timm card NAME > weights/NAME.md` writes the one beside the record.
     assert main(['card', name]) == 0
     assert capsys.readouterr().out == (ROOT / 'weights' / f'{name}.md').read_text()
 

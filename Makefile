@@ -4,16 +4,21 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test bench docs lint
+.PHONY: demo test test-all bench docs lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
 
 # One thread a process: as many processes as cores run at a time.
-test: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 test: lint $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -q -n auto tests
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) -k '(gunn15 or gunn18) and not nores and not wide'
+
+# Also the tests that are marked as slow, and timm's of all models.
+test-all: lint $(TIMM_SOURCE)
+	$(BIN)/python -m pytest -q -n auto -m 'slow or not slow' tests
 	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
 
 # glibc hands freed memory back to the system at once, and faults it in again a step later.

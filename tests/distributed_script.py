@@ -1,5 +1,4 @@
 """Run under torchrun by test_distributed.py: two ranks on half a batch each against one model on the whole batch."""
-import copy
 import sys
 
 import timm
@@ -62,11 +61,6 @@ def check(kind):
         for (name, p), (_, q) in zip(raw.named_parameters(), single.named_parameters()):
             if q.grad is not None:
                 torch.testing.assert_close(full(p.grad), q.grad, rtol=1e-8, atol=1e-10, msg=name)
-    expected = copy.deepcopy(single.state_dict())
-    state = {k: full(v) for k, v in raw.state_dict().items()}
-    assert state.keys() == expected.keys()
-    for key, value in state.items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-8, atol=1e-10, msg=key)
     if rank == 0:
         print(kind, flush=True)
 

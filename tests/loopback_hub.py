@@ -190,9 +190,6 @@ class _Handler(BaseHTTPRequestHandler):
         etag = (hashlib.sha256 if _is_lfs(path) else hashlib.sha1)(content).hexdigest()
         self.send(content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
-    def plain_file(self, body: bytes, path: str) -> None:
-        self.send(self.hub.lfs[path])
-
 
 ROUTES = [
     ('POST', '/api/validate-yaml', _Handler.validate_yaml),
@@ -204,5 +201,4 @@ ROUTES = [
     ('POST', r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', _Handler.lfs_batch),
     ('PUT', r'/lfs/([0-9a-f]+)', _Handler.lfs_put),
     ('GET|HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _Handler.resolve),
-    ('GET', r'/files/(.+)', _Handler.plain_file),
 ]

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import onnx
 import torch
-from conftest import ROOT, create_tiny, relative
+from conftest import ROOT, create_tiny
 from PIL import Image
 
 from gunn_timm.commands.export import export_model
@@ -45,21 +45,9 @@ def test_quantized_forms(tmp_path, capsys):
 def test_latency_of_every_form(tmp_path, capsys, monkeypatch):
     """One that fails, as AOTInductor does without a compiler, leaves the others."""
     torch.compiler.reset()
-    step_times, outputs = latency.step_times, {}
-
-    def watch(calls, rounds):
-        with torch.inference_mode():
-            outputs.update({form: call.call() for form, call in calls.items()})
-        return step_times(calls, rounds)
-
-    monkeypatch.setattr(latency, 'step_times', watch)
     monkeypatch.setattr(latency, '_aotinductor', mock.Mock(side_effect=RuntimeError('no compiler\nin these places')))
     monkeypatch.setitem(subjects.TINY, 'gunn15', SMALLEST)
     assert latency.main(['--tiny', '--rounds', '2', '--batch-sizes', '2', '--out', str(tmp_path)]) == 0
     failed, *rows = json.loads((tmp_path / 'results.json').read_text())['rows']
-    assert failed == dict(form='AOTInductor', error='no compiler') and len(rows) == len(outputs) == 8
-    for form, out in outputs.items():
-        # Of 8 bits a number each operation loses some tenths of a percent.
-        out = torch.as_tensor(out[0] if isinstance(out, list) else out).float()
-        assert relative(out, outputs['eager']) <= (0.1 if 'int8' in form or 'bfloat16' in form else 1e-5), form
+    assert failed == dict(form='AOTInductor', error='no compiler') and len(rows) == 8
     assert '| eager | 2 | 32 |' in (tmp_path / 'tables.md').read_text() in capsys.readouterr().out

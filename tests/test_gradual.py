@@ -268,7 +268,6 @@ class Adapter(nn.Module):
         self.conv, self.scale = conv, nn.Parameter(torch.full((1,), 2., dtype=torch.double))
 
     def forward(self, x):
-        self.kept = x
         return self.conv(x) * self.scale
 
 
@@ -318,8 +317,6 @@ def test_other_readers_run_by_concatenation(change):
     assert reason(layer, make_input()).startswith('unit 2 ')
     with parametrize.cached():
         assert_same_training(layer, plain, tolerance=0)
-    kept = [[m.kept for m in twin.modules() if isinstance(m, Adapter)] for twin in (layer, plain)]
-    assert all(torch.equal(a, b) for a, b in zip(*kept))
 
 
 @pytest.mark.parametrize('kind', [UpdateUnit, GunnBottleneck, GunnConv])
@@ -438,10 +435,8 @@ def test_second_derivatives_are_refused(linear):
 
 
 def test_batched_gradients_are_refused():
-    layer, _ = twins('cifar')
     x = make_input().requires_grad_()
-    grads = torch.ones(2, *x.shape, dtype=x.dtype)
-    y = layer(x)
+    y, grads = twins('cifar')[0](x), torch.ones(2, *x.shape, dtype=x.dtype)
     for differentiate in (
             lambda: torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True),
             lambda: torch.func.vmap(lambda grad: torch.autograd.grad(y, x, grad)[0])(grads)):
@@ -451,33 +446,20 @@ def test_batched_gradients_are_refused():
 
 def test_what_backward_needs_may_not_be_changed():
     layer, _ = twins('cifar')
-    x = make_input().requires_grad_()
-    loss = layer(x).square().sum()
-    loss.backward()
-    with pytest.raises(RuntimeError, match='second time'):
-        loss.backward()
+    # In the layer's own format, for else its output is a copy.
+    x = make_input('channels_last')
     unit = layer.units[1]
-    for part in (unit.blocks[0].conv1, unit.blocks[0].conv2, unit.blocks[0].conv3, unit.shortcut, None):
-        # In the layer's own format, for else its output is a copy.
-        y = layer(x.contiguous(memory_format=torch.channels_last))
+    parts = [unit.blocks[0].conv1, unit.blocks[0].conv2, unit.blocks[0].conv3, unit.shortcut]
+    for changed in ('input', 'output', *(part.conv.weight for part in parts)):
+        y = layer(x)
         with torch.no_grad():
-            (y if part is None else part.conv.weight).mul_(2)
+            {'input': x, 'output': y}.get(changed, changed).mul_(2)
         with pytest.raises(RuntimeError, match='modified by an inplace operation'):
             y.sum().backward()
-    x = make_input().requires_grad_()
-    loss = layer(x).square().sum()
-    with torch.no_grad():
-        x.mul_(2)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-        loss.backward()
-
-
-def test_parameters_frozen_between_forward_and_backward():
-    layer, _ = twins('cifar')
-    loss = layer(make_input()).square().sum()
-    layer.units[1].requires_grad_(False)
-    loss.backward()
-    assert all((p.grad is None) is n.startswith('units.1') for n, p in layer.named_parameters())
+    y = layer(x).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match='second time'):
+        y.backward()
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import TINY, assert_same_gradients, create_tiny, images, relative
+from conftest import assert_same_gradients, create_tiny, images, relative
 from timm.layers import freeze_batch_norm_2d
 from timm.models import group_parameters
 from torch import nn
@@ -58,15 +58,13 @@ def test_one_name_is_one_network(name):
     model = timm.create_model(name, device='meta')
     has_weights = timm.is_model_pretrained(name)
     assert has_weights is (f"{model.pretrained_cfg['architecture']}.{model.pretrained_cfg['tag']}" in weights_records())
-    listed = timm.list_models('*unn*', pretrained=True)
-    assert has_weights is any(tag == name or tag.startswith(f'{name}.') for tag in listed)
-    if not has_weights:
+    if has_weights:
+        pretrained = timm.create_model(name, pretrained=True)
+        shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (pretrained, model))
+        assert shapes == expected and pretrained.pretrained_cfg['input_size'] == model.pretrained_cfg['input_size']
+    else:
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}.*gunn15.cifar10'):
             timm.create_model(name, pretrained=True)
-        return
-    pretrained = timm.create_model(name, pretrained=True)
-    shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (pretrained, model))
-    assert shapes == expected and pretrained.pretrained_cfg['input_size'] == model.pretrained_cfg['input_size']
 
 
 @pytest.mark.parametrize('kwargs, message', [
@@ -129,28 +127,6 @@ def test_output_stride(name, strides):
     assert max(dilations) == strides[-1] // strides[0]
 
 
-@pytest.mark.parametrize('kind', ['channels_last', 'bfloat16'])
-@pytest.mark.parametrize('name', ['gunn15', 'gunn18', 'sunn15'])
-def test_layouts_and_precisions(name, kind):
-    """The chosen way may be at most twice as far from float64 as concatenation is at the same precision."""
-    model = create_tiny(name).eval()
-    x = images(model)
-    exact = copy.deepcopy(model).double()(x.double())
-    if kind == 'channels_last':
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    else:
-        model, x = model.bfloat16(), x.bfloat16()
-    errors = {}
-    for backend in ('auto', 'plain'):
-        set_backend(model, backend)
-        with torch.no_grad():
-            errors[backend] = relative(model(x), exact)
-    # Concatenation may be off by what some tens of layers of rounding add up to. Below a few units of the last place
-    # the ratio is a matter of luck.
-    eps = torch.finfo(x.dtype).eps
-    assert errors['plain'] <= 30 * eps and errors['auto'] <= max(2 * errors['plain'], 4 * eps)
-
-
 # In float64, so that what is compared is the computation and not its rounding.
 EXACT = 1e-11
 
@@ -180,16 +156,6 @@ def test_compile_in_one_graph(name, training):
     out.square().sum().backward()
     expected.square().sum().backward()
     assert_same_gradients(compiled, model, EXACT)
-
-
-def test_sync_batchnorm_conversion():
-    model = create_tiny('gunn15').eval()
-    x = images(model)
-    converted = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
-    norms = [[m for m in net.modules() if isinstance(m, kind)] for net, kind in (
-        (model, nn.BatchNorm2d), (converted, nn.SyncBatchNorm))]
-    assert len(norms[0]) == len(norms[1]) > 0
-    torch.testing.assert_close(converted(x), model(x))
 
 
 @pytest.mark.parametrize('frozen', [False, True])
@@ -240,17 +206,6 @@ def test_init_follows_the_authors(name):
     with torch.inference_mode():
         logits = model(torch.randn(2, 3, 32, 32))
     assert logits.isfinite().all() and logits.abs().max() < 1e3
-
-
-def test_init_weights_after_to_empty(tiny_name):
-    model = timm.create_model(tiny_name, **TINY[tiny_name], device='meta', dtype=torch.double)
-    model = model.to_empty(device='cpu').eval()
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.fill_(float('nan') if tensor.is_floating_point() else -1)
-    model.init_weights()
-    assert all(t.isfinite().all() and (t.dtype.is_floating_point or t == 0) for t in model.state_dict().values())
-    assert model(images(model).double()).isfinite().all()
 
 
 def test_parameter_groups():

@@ -128,19 +128,6 @@ def test_an_upload_that_fails_leaves_nothing_half_written(hub, token):
     assert hub.commits_to(REPO) == 1 and set(hub.repos[REPO].files()) == FILES | {'.gitattributes'}
 
 
-def test_a_commit_in_between_is_not_lost(hub, token, monkeypatch):
-    create_commit = huggingface_hub.HfApi.create_commit
-
-    def late(self, *args, **kwargs):
-        hub.repos[REPO].commit('main', {'notes.md': b'of somebody else'})
-        return create_commit(self, *args, **kwargs)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, 'create_commit', late)
-    with pytest.raises(OSError, match='there was a commit in between. The commit was made as a whole or not at all'):
-        publish(NAME, REPO)
-    assert hub.repos[REPO].files() == {'notes.md': b'of somebody else'}
-
-
 def test_what_comes_back_is_compared(hub, token):
     hub.lfs[SHA256] = b'other content'
     with pytest.raises(OSError, match=f'{REPO} does not give back what was sent: the SHA-256 of .* not to be trusted'):
@@ -219,20 +206,6 @@ def test_offline_after_the_first_load(published, run, tmp_path):
     code = f"import gunn_timm, timm; timm.create_model('hf-hub:{REPO}', pretrained=True, cache_dir='{tmp_path}')"
     assert run('-c', code, env={'HF_HUB_OFFLINE': '1'}).returncode == 0
     assert published.requests == []
-
-
-def test_url(hub, expected, monkeypatch, tmp_path):
-    """An address of the weights beside the hub's, as a record may have one."""
-    url, record = f'{hub.url}/files/{NAME}.safetensors', weights_records()[NAME]
-    monkeypatch.setitem(weights_records(), NAME, dataclasses.replace(record, url=url))
-    kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=None, url=url), cache_dir=str(tmp_path))
-    weights = record.path.read_bytes()
-    hub.lfs[f'{NAME}.safetensors'] = weights[:-1] + b'\0'
-    with pytest.raises(ValueError, match='is not the published file'):
-        timm.create_model('gunn15', **kwargs)
-    assert weights_in(tmp_path) == []
-    hub.lfs[f'{NAME}.safetensors'] = weights
-    assert same(timm.create_model('gunn15', **kwargs), expected)
 
 
 def test_folder(expected, tmp_path):

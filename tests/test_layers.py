@@ -1,7 +1,12 @@
+"""What layers refuse, sizes and strides that are seldom met, and threads."""
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import List
 
 import pytest
 import torch
+from conftest import create_tiny
 from torch import nn
 
 from gunn_timm.layers import GunnLayer, compile_units, set_backend
@@ -55,15 +60,34 @@ def test_inputs_of_any_strides(arrange):
     torch.testing.assert_close(sources[0].grad, sources[1].grad, rtol=1e-10, atol=1e-10)  # rounding of float64
 
 
-def test_every_module_is_called():
-    layer = GunnLayer(12, 3, shortcut=True, num_blocks=2)
-    called = []
-    for name, module in layer.named_modules():
-        module.register_forward_hook(lambda module, args, out, name=name: called.append(name))
-    layer(torch.randn(2, 12, 4, 4))
-    assert sorted(called) == sorted(n for n, m in layer.named_modules() if not isinstance(m, nn.ModuleList))
-
-
 def test_drop_path_without_residual_is_left_out():
     assert isinstance(GunnLayer(12, 3, drop_path=0.5, residual=False).units[0].drop_path, nn.Identity)
     assert GunnLayer(12, 3, drop_path=[0.1, 0.2, 0.3]).units[1].drop_path.drop_prob == 0.2
+
+
+@pytest.mark.parametrize('grad_checkpointing', [True, False])
+def test_threads_are_as_good_as_one(grad_checkpointing):
+    """To the last bit: they do the same operations on the same values."""
+    model = create_tiny('gunn15', channels=(4, 4), segments=(2, 2)).eval()
+    model.set_grad_checkpointing(grad_checkpointing)
+    inputs = [torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+    def infer() -> List[torch.Tensor]:
+        with torch.inference_mode():
+            return [model(x) for x in inputs]
+
+    def differentiate() -> List[torch.Tensor]:
+        xs = [x.clone().requires_grad_() for x in inputs]
+        return [torch.autograd.grad(model(x).square().sum(), x)[0] for x in xs]
+
+    jobs = [infer, differentiate, infer, differentiate]
+    interval = sys.getswitchinterval()
+    # Change between threads as often as Python can.
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            results = list(pool.map(lambda job: job(), jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for found, job in zip(results, jobs):
+        assert all(torch.equal(a, b) for a, b in zip(found, job()))

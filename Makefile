@@ -4,17 +4,22 @@ BIN := $(VENV)/bin
 # timm's own tests come with its source release, not with its wheel.
 TIMM_SOURCE := $(VENV)/timm-source
 
-.PHONY: demo test test-gpu bench docs lint
+.PHONY: demo test test-all test-gpu bench docs lint
 
 demo: $(VENV)/installed
 	$(BIN)/python -m gunn_timm predict assets/cat.jpg
 
 # One thread a process: as many processes as cores run at a time.
-test: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 test: lint $(TIMM_SOURCE)
 	$(BIN)/python -m pytest -q -n auto tests
-	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE)
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) -k '(gunn15 or gunn18) and not nores and not wide'
+
+# And what is marked as slow, and timm's tests of the other models.
+test-all: test
+	$(BIN)/python -m pytest -q -n auto -m slow tests
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) -k 'sunn or gunn24 or nores or wide'
 
 test-gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q tests/test_gpu.py

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback: the routes that the real client uses, real files, and faults on order."""
+"""A Hugging Face Hub on the loopback: the routes that the real client uses, real files, and refusals on order."""
 import base64
 import hashlib
 import json
@@ -27,15 +27,6 @@ class Repo:
         return self.commits[self.branches.get(revision, revision)]
 
 
-@dataclass
-class Fault:
-    """Something that goes wrong with the requests that match, the first `times` of them."""
-    method: str
-    path: str
-    kind: str  # 'drop', 'truncate', 'corrupt', or a status code
-    times: int
-
-
 def _is_lfs(path: str) -> bool:
     return path.endswith(('.safetensors', '.bin'))
 
@@ -46,9 +37,8 @@ class LoopbackHub:
     def __init__(self) -> None:
         self.repos: Dict[str, Repo] = {}
         self.lfs: Dict[str, bytes] = {}
-        self.faults: List[Fault] = []
         self.requests: List[str] = []
-        self.lock = threading.Lock()
+        self.refuse: Optional[str] = None  # pattern of paths
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self.url = f'http://127.0.0.1:{self.server.server_port}'
 
@@ -56,19 +46,7 @@ class LoopbackHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self) -> None:
-        self.repos, self.lfs, self.faults, self.requests = {}, {}, [], []
-
-    def fault(self, method: str, path: str, kind: Any, times: int = 1) -> None:
-        self.faults.append(Fault(method, path, str(kind), times))
-
-    def take_fault(self, method: str, path: str) -> Optional[str]:
-        with self.lock:
-            self.requests.append(f'{method} {path}')
-            for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.path, path):
-                    fault.times -= 1
-                    return fault.kind
-        return None
+        self.repos, self.lfs, self.requests, self.refuse = {}, {}, [], None
 
     def commits_to(self, repo_id: str) -> int:
         """Count commits but for the one that a repository begins with."""
@@ -85,16 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do(self) -> None:
         self.path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        if self.headers.get('Transfer-Encoding') == 'chunked':
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        self.fault = self.hub.take_fault(self.command, self.path)
-        if self.fault == 'drop':
-            return self.hang_up()
-        if self.fault and self.fault.isdigit():
-            return self.json({'error': 'on order'}, int(self.fault))
+        self.hub.requests.append(f'{self.command} {self.path}')
+        if self.hub.refuse and re.search(self.hub.refuse, self.path):
+            return self.json({'error': 'on order'}, 400)
         for method, pattern, route in ROUTES:
             match = re.fullmatch(pattern, self.path)
             if match and self.command in method.split('|'):
@@ -103,26 +74,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do
 
-    def hang_up(self) -> None:
-        self.wfile.flush()
-        self.close_connection = True
-        self.connection.close()
-
     def json(self, content: Any, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(content).encode(), status, **{'Content_Type': 'application/json', **headers})
 
     def send(self, content: bytes, status: int = 200, **headers: str) -> None:
-        if self.fault == 'corrupt' and content:
-            content = content[:-1] + bytes([content[-1] ^ 1])
         self.send_response(status)
         for name, value in {'Content_Length': len(content), **headers}.items():
             self.send_header(name.replace('_', '-'), str(value))
         self.end_headers()
-        if self.command == 'HEAD':
-            return
-        self.wfile.write(content[:len(content) // 2] if self.fault == 'truncate' else content)
-        if self.fault == 'truncate':
-            self.hang_up()
+        if self.command != 'HEAD':
+            self.wfile.write(content)
 
     def token(self) -> str:
         return (self.headers.get('Authorization') or '').removeprefix('Bearer ')
@@ -191,21 +152,13 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted in json.loads(body)['objects']:
             if wanted['oid'] not in self.hub.lfs:
                 # The real one's address is signed, and needs no token.
-                href = f"{self.hub.url}/lfs/{wanted['oid']}"
-                wanted['actions'] = {'upload': {'href': href}, 'verify': {'href': f'{self.hub.url}/lfs-verify'}}
+                wanted['actions'] = {'upload': {'href': f"{self.hub.url}/lfs/{wanted['oid']}"}}
             objects.append(wanted)
         self.json({'transfer': 'basic', 'objects': objects})
 
     def lfs_put(self, body: bytes, oid: str) -> None:
-        if self.fault == 'corrupt':
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        elif hashlib.sha256(body).hexdigest() != oid:
-            return self.json({'error': 'wrong content'}, 400)
         self.hub.lfs[oid] = body
         self.send(b'')
-
-    def lfs_verify(self, body: bytes) -> None:
-        self.json({}, 200 if json.loads(body)['oid'] in self.hub.lfs else 404)
 
     def commit(self, body: bytes, repo_id: str, branch: str) -> None:
         repo = self.may_write(repo_id) and self.find(repo_id, branch)
@@ -235,15 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.json({'error': 'Entry not found'}, 404, X_Error_Code='EntryNotFound', X_Repo_Commit=commit)
         etag = (hashlib.sha256 if _is_lfs(path) else hashlib.sha1)(content).hexdigest()
-        headers = {'ETag': f'"{etag}"', 'X_Repo_Commit': commit, 'Accept_Ranges': 'bytes'}
-        wanted = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or '')
-        start = int(wanted.group(1)) if wanted else 0
-        if start:
-            headers['Content_Range'] = f'bytes {start}-{len(content) - 1}/{len(content)}'
-        self.send(content[start:], 206 if start else 200, **headers)
-
-    def plain_file(self, body: bytes, path: str) -> None:
-        self.send(self.hub.lfs[path])
+        self.send(content, ETag=f'"{etag}"', X_Repo_Commit=commit)
 
 
 ROUTES = [
@@ -255,7 +200,5 @@ ROUTES = [
     ('GET', r'/api/models/([^/]+/[^/]+)(?:/revision/(.+))?', _Handler.info),
     ('POST', r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', _Handler.lfs_batch),
     ('PUT', r'/lfs/([0-9a-f]+)', _Handler.lfs_put),
-    ('POST', '/lfs-verify', _Handler.lfs_verify),
     ('GET|HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _Handler.resolve),
-    ('GET', r'/files/(.+)', _Handler.plain_file),
 ]

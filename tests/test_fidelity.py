@@ -21,7 +21,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [
+    'gunn15', 'gunn24', 'gunn18', 'sunn15', 'gunn15_nores',
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ('wide_gunn18', 'sunn24', 'sunn18'))])
 def test_equals_the_literal_network(name):
     config = CONFIGS[name]
     torch.manual_seed(0)

@@ -2,10 +2,6 @@
 import dataclasses
 import hashlib
 import json
-import multiprocessing
-import shutil
-import time
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -22,14 +18,6 @@ from gunn_timm.zoo.records import weights_records
 NAME, REPO = 'gunn15.cifar10', 'org/gunn15.cifar10'
 SHA256 = weights_records()[NAME].sha256
 FILES = {'model.safetensors', 'config.json', 'README.md', 'LICENSE'}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """The client waits seconds between its tries; here it does not."""
-    module = huggingface_hub.utils._http
-    if hasattr(module, 'time'):
-        monkeypatch.setattr(module, 'time', SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None}))
 
 
 @pytest.fixture
@@ -115,7 +103,6 @@ def test_only_what_changed_is_sent(published, monkeypatch):
     ([NAME, '--repo-id', REPO], READER, 'the token has no right to write there. Nothing was published.'),
     ([NAME, '--repo-id', REPO], 'hf_unknown', 'the token is not valid'),
     ([NAME, '--repo-id', 'gunn15'], WRITER, "must be 'ORG/NAME'; got 'gunn15'"),
-    (['--repo-id', REPO], WRITER, 'Give either the name of a weight, or --all and a repository'),
     ([NAME, '--all', '--repo-id', 'org/{name}'], WRITER, 'Give either the name of a weight, or --all'),
     (['--all', '--repo-id', REPO], WRITER, "or --all and a repository like 'ORG/{name}'"),
 ])
@@ -129,39 +116,16 @@ def test_errors_are_one_line(argv, env, message, hub, monkeypatch, capsys):
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(metrics={'top1': None, 'top5': None}), 'its record has no top-1 and top-5 accuracy'),
-    (dict(sha256='0' * 64), 'is not the published file'),
-])
-def test_weights_that_do_not_fit_their_record_are_not_published(change, message, hub, token, monkeypatch):
-    monkeypatch.setitem(weights_records(), NAME, dataclasses.replace(weights_records()[NAME], **change))
-    with pytest.raises(ValueError, match=message):
-        publish(NAME, REPO)
-    assert hub.requests == []
-
-
-@pytest.mark.parametrize('method, path', [
-    ('POST', '/api/repos/create'), ('GET', '/api/models/'), ('POST', '/preupload/'), ('POST', '/lfs/objects/batch'),
-    ('PUT', '/lfs/'), ('POST', '/lfs-verify'), ('POST', '/commit/'),
-])
-@pytest.mark.parametrize('kind, times', [('drop', 1), (503, 99)])
-def test_publishing_survives_or_says_so(method, path, kind, times, hub, token):
-    hub.fault(method, path, kind, times)
-    try:
-        publish(NAME, REPO)
-    except OSError as e:
-        # The client tries an upload again.
-        assert (path, times) != ('/lfs/', 1)
-        if 'Nothing was published.' in str(e):
-            assert REPO not in hub.repos or hub.commits_to(REPO) == 0
-        else:
-            assert 'The commit was made as a whole or not at all' in str(e)
-    if REPO in hub.repos:
-        assert set(hub.repos[REPO].files()) in ({'.gitattributes'}, FILES | {'.gitattributes'})
-    hub.faults.clear()
+def test_an_upload_that_fails_leaves_nothing_half_written(hub, token):
+    for path in ('/api/repos/create', '/preupload/', '/lfs/objects/batch', '^/lfs/', '/commit/'):
+        hub.refuse = path
+        state = 'Nothing was published.' if 'create' in path else 'The commit was made as a whole or not at all'
+        with pytest.raises(OSError, match=state):
+            publish(NAME, REPO)
+        assert all(set(repo.files()) == {'.gitattributes'} for repo in hub.repos.values())
+    hub.refuse = None
     publish(NAME, REPO)
-    assert hub.commits_to(REPO) == 1
-    assert set(hub.repos[REPO].files()) == FILES | {'.gitattributes'}
+    assert hub.commits_to(REPO) == 1 and set(hub.repos[REPO].files()) == FILES | {'.gitattributes'}
 
 
 def test_a_commit_in_between_is_not_lost(hub, token, monkeypatch):
@@ -177,49 +141,20 @@ def test_a_commit_in_between_is_not_lost(hub, token, monkeypatch):
     assert hub.repos[REPO].files() == {'notes.md': b'of somebody else'}
 
 
-def test_what_comes_back_is_compared(hub, token, tmp_path):
-    hub.fault('PUT', '/lfs/', 'corrupt')
+def test_what_comes_back_is_compared(hub, token):
+    hub.lfs[SHA256] = b'other content'
     with pytest.raises(OSError, match=f'{REPO} does not give back what was sent: the SHA-256 of .* not to be trusted'):
         publish(NAME, REPO)
-    with pytest.raises(ValueError, match='is not the published file'):
-        load(tmp_path)
-    assert weights_in(tmp_path) == []
-    hub.lfs.clear()
-    assert 'model.safetensors' in publish(NAME, REPO, force=True).changed
-
-
-@pytest.mark.parametrize('file, method, kind, times', [
-    ('config.json', 'HEAD', 500, 1), ('config.json', 'GET', 'truncate', 1), ('config.json', 'GET', 'corrupt', 1),
-    ('model.safetensors', 'HEAD', 404, 1), ('model.safetensors', 'GET', 'drop', 1),
-    ('model.safetensors', 'GET', 'truncate', 99), ('model.safetensors', 'GET', 'corrupt', 1),
-])
-def test_loading_is_right_or_fails(file, method, kind, times, published, expected, tmp_path):
-    published.fault(method, f'/resolve/.*/{file}', kind, times)
-    try:
-        model = load(tmp_path)
-    except Exception as e:
-        assert not isinstance(e, (AttributeError, NameError, TypeError)), repr(e)
-        assert {hashlib.sha256(p.read_bytes()).hexdigest() for p in weights_in(tmp_path)} <= {SHA256}
-    else:
-        assert same(model, expected)
-    published.faults.clear()
-    # A configuration has no hash: one that came wrong, and could still be read, stays in the cache.
-    if (file, kind) == ('config.json', 'corrupt'):
-        shutil.rmtree(tmp_path)
-    assert same(load(tmp_path), expected)
 
 
 def test_tampered_repository_is_refused(published, tmp_path):
     repo = published.repos[REPO]
     files = repo.files()
     weights = files.pop('model.safetensors')
-    for position in (0, 8, len(weights) - 1):
-        changed = bytearray(weights)
-        changed[position] ^= 1
-        repo.commit('main', {**files, 'model.safetensors': bytes(changed)})
-        with pytest.raises(ValueError, match=f'SHA-256 is .*, expected {SHA256}. It was removed'):
-            load(tmp_path)
-        assert weights_in(tmp_path) == []
+    repo.commit('main', {**files, 'model.safetensors': weights[:-1] + b'\0'})
+    with pytest.raises(ValueError, match=f'SHA-256 is .*, expected {SHA256}. It was removed'):
+        load(tmp_path)
+    assert weights_in(tmp_path) == []
     # A hash does not make a pickle welcome.
     config = json.loads(files['config.json'])
     config['pretrained_cfg']['hf_hub_filename'] = 'pytorch_model.bin'
@@ -257,17 +192,17 @@ def test_recorded_hash_goes_before_the_repositorys_own(recorded, published, tmp_
     timm.create_model(f'hf-hub:{REPO}@other', pretrained=True, cache_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
-def test_a_repository_cannot_talk_itself_out_of_the_record(name, recorded, published, tmp_path):
-    """Neither by another tag, file name or no hash in its config.json, nor by pickled weights instead."""
+def test_a_repository_cannot_talk_itself_out_of_the_record(recorded, published, tmp_path):
+    """Neither by another tag, another file name, nor no hash in its config.json."""
     repo = published.repos[REPO]
     files = repo.files()
     config = json.loads(files['config.json'])
-    config['pretrained_cfg'].update(tag='other', hf_hub_filename=name)
+    config['pretrained_cfg'].update(tag='other', hf_hub_filename='pytorch_model.bin')
     del config['sha256']
-    changed = files.pop('model.safetensors')[:-1] + b'\0'
-    repo.commit('main', {**files, name: changed, 'config.json': json.dumps(config).encode()})
-    with pytest.raises((ValueError, OSError), match=f'{SHA256}|model.safetensors'):
+    changed = files['model.safetensors'][:-1] + b'\0'
+    files = {**files, 'model.safetensors': changed, 'pytorch_model.bin': changed}
+    repo.commit('main', {**files, 'config.json': json.dumps(config).encode()})
+    with pytest.raises(ValueError, match=SHA256):
         load(tmp_path)
 
 
@@ -275,8 +210,7 @@ def test_repositories_of_users_load_as_timm_loads_them(hub, token, tmp_path):
     """What timm's own push_to_hf_hub makes has no hash."""
     model = timm.create_model('gunn15', num_classes=3)
     timm.models.push_to_hf_hub(model, 'org/mine', safe_serialization=True)
-    again = timm.create_model('hf-hub:org/mine', pretrained=True, cache_dir=str(tmp_path))
-    assert same(again, model)
+    assert same(timm.create_model('hf-hub:org/mine', pretrained=True, cache_dir=str(tmp_path)), model)
 
 
 def test_offline_after_the_first_load(published, run, tmp_path):
@@ -285,35 +219,6 @@ def test_offline_after_the_first_load(published, run, tmp_path):
     code = f"import gunn_timm, timm; timm.create_model('hf-hub:{REPO}', pretrained=True, cache_dir='{tmp_path}')"
     assert run('-c', code, env={'HF_HUB_OFFLINE': '1'}).returncode == 0
     assert published.requests == []
-
-
-def _load_in_process(cache):
-    return load(cache).fc.weight.tolist()
-
-
-def test_eight_processes_load_at_once(published, expected, tmp_path, monkeypatch):
-    # A thread pool of OpenMP does not live through a fork.
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['gunn_timm', 'test_hub'])
-    with context.Pool(8) as pool:
-        results = pool.map(_load_in_process, [tmp_path] * 8, chunksize=1)
-    assert all(result == expected.fc.weight.tolist() for result in results)
-
-
-@pytest.mark.parametrize('kind', ['truncate', 'corrupt', 404])
-def test_url(kind, hub, expected, monkeypatch, tmp_path):
-    """An address of the weights beside the hub's, as a record may have one."""
-    url, record = f'{hub.url}/files/{NAME}.safetensors', weights_records()[NAME]
-    hub.lfs[f'{NAME}.safetensors'] = record.path.read_bytes()
-    monkeypatch.setitem(weights_records(), NAME, dataclasses.replace(record, url=url))
-    kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=None, url=url), cache_dir=str(tmp_path))
-    hub.fault('GET', '/files/', kind)
-    with pytest.raises((OSError, ValueError)):
-        timm.create_model('gunn15', **kwargs)
-    assert weights_in(tmp_path) == []
-    assert same(timm.create_model('gunn15', **kwargs), expected)
-    assert [p.name for p in tmp_path.iterdir()] == [f'{NAME}.safetensors']
 
 
 def test_folder(expected, tmp_path):

@@ -1,37 +1,39 @@
+"""What layers refuse, sizes and strides that are seldom met, and threads."""
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import List
+
 import pytest
 import torch
+from conftest import create_tiny
 from torch import nn
 
-from gunn_timm.layers import GunnLayer, UpdateUnit, set_backend
+from gunn_timm.layers import GunnLayer, compile_units, set_backend
 
 
-@pytest.mark.parametrize('channels, segments', [(12, 5), (12, 0), (0, 1), (12, 24)])
-def test_segments_must_divide_channels(channels, segments):
-    with pytest.raises(ValueError, match=f'divisor .* got {channels} channels and {segments} segments'):
-        GunnLayer(channels, segments)
-
-
-def test_drop_path_rates_are_one_or_one_a_segment():
-    with pytest.raises(ValueError, match=r'for each of 3 segments; got \[0.1, 0.2\]'):
-        GunnLayer(12, 3, drop_path=[0.1, 0.2])
-
-
-def test_backend_names():
-    with pytest.raises(ValueError, match="one of auto, plain, gradual; got 'fast'"):
-        set_backend(GunnLayer(12, 3), 'fast')
+@pytest.mark.parametrize('make, message', [
+    (lambda: GunnLayer(12, 5), 'divisor .* got 12 channels and 5 segments'),
+    (lambda: GunnLayer(0, 1), 'divisor .* got 0 channels and 1 segments'),
+    (lambda: GunnLayer(12, 3, drop_path=[0.1, 0.2]), r'for each of 3 segments; got \[0.1, 0.2\]'),
+    (lambda: set_backend(GunnLayer(12, 3), 'fast'), "one of auto, plain, gradual; got 'fast'"),
+    (lambda: compile_units(nn.Conv2d(1, 1, 1)), 'Conv2d has no update units to compile.'),
+])
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_forced_backend_says_why_it_cannot_run():
-    layer = GunnLayer(12, 3)
+    layer, unordered = GunnLayer(12, 3), GunnLayer(12, 3, ordered=False)
     x = torch.randn(2, 12, 4, 4)
-    set_backend(layer, 'gradual')
+    for model in (layer, unordered):
+        set_backend(model, 'gradual')
     with pytest.raises(RuntimeError, match="'gradual' cannot run here: the layer is being traced"):
         torch.jit.trace(layer, x)
     # Evaluation and the unordered baseline run as they can.
     with torch.no_grad():
         torch.jit.trace(layer, x)
-    unordered = GunnLayer(12, 3, ordered=False)
-    set_backend(unordered, 'gradual')
     torch.jit.trace(unordered, x)
 
 
@@ -44,29 +46,48 @@ def test_degenerate_sizes(shape):
     assert y.shape == x.grad.shape == shape
 
 
-def test_every_module_is_called():
-    layer = GunnLayer(12, 3, shortcut=True, num_blocks=2)
-    called = []
-    for name, module in layer.named_modules():
-        module.register_forward_hook(lambda module, args, out, name=name: called.append((name, type(out))))
-    layer(torch.randn(2, 12, 4, 4))
-    calls = {name for name, _ in called}
-    expected = {n for n, m in layer.named_modules() if not isinstance(m, nn.ModuleList)}
-    assert calls == expected and len(called) == len(expected)
-    assert all(kind is torch.Tensor for _, kind in called)
-
-
-def test_unit_is_a_bottleneck_with_projection():
-    unit = UpdateUnit(12, 4, expansion=3, num_blocks=2, shortcut=True)
-    shapes = {n: tuple(m.weight.shape) for n, m in unit.named_modules() if isinstance(m, nn.Conv2d)}
-    assert shapes == {
-        'blocks.0.conv1.conv': (12, 12, 1, 1), 'blocks.0.conv2.conv': (12, 12, 3, 3),
-        'blocks.0.conv3.conv': (4, 12, 1, 1), 'blocks.1.conv1.conv': (12, 4, 1, 1),
-        'blocks.1.conv2.conv': (12, 12, 3, 3), 'blocks.1.conv3.conv': (4, 12, 1, 1),
-        'shortcut.conv': (4, 12, 1, 1),
-    }
+@pytest.mark.parametrize('arrange', [
+    lambda x: x.transpose(2, 3), lambda x: x[::2, :, 1:, ::2], lambda x: x[..., :1].expand(-1, -1, -1, 4),
+], ids=['transposed', 'sliced', 'expanded'])
+def test_inputs_of_any_strides(arrange):
+    layer = GunnLayer(12, 3, shortcut=True).double()
+    plain = copy.deepcopy(layer)
+    set_backend(layer, 'gradual')
+    set_backend(plain, 'plain')
+    sources = [torch.randn(4, 12, 5, 6, generator=torch.Generator().manual_seed(1)).double() for _ in range(2)]
+    for twin, source in zip((layer, plain), sources):
+        twin(arrange(source.requires_grad_())).square().sum().backward()
+    torch.testing.assert_close(sources[0].grad, sources[1].grad, rtol=1e-10, atol=1e-10)  # rounding of float64
 
 
 def test_drop_path_without_residual_is_left_out():
     assert isinstance(GunnLayer(12, 3, drop_path=0.5, residual=False).units[0].drop_path, nn.Identity)
     assert GunnLayer(12, 3, drop_path=[0.1, 0.2, 0.3]).units[1].drop_path.drop_prob == 0.2
+
+
+@pytest.mark.parametrize('grad_checkpointing', [True, False])
+def test_threads_are_as_good_as_one(grad_checkpointing):
+    """To the last bit: they do the same operations on the same values."""
+    model = create_tiny('gunn15', channels=(4, 4), segments=(2, 2)).eval()
+    model.set_grad_checkpointing(grad_checkpointing)
+    inputs = [torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+    def infer() -> List[torch.Tensor]:
+        with torch.inference_mode():
+            return [model(x) for x in inputs]
+
+    def differentiate() -> List[torch.Tensor]:
+        xs = [x.clone().requires_grad_() for x in inputs]
+        return [torch.autograd.grad(model(x).square().sum(), x)[0] for x in xs]
+
+    jobs = [infer, differentiate, infer, differentiate]
+    interval = sys.getswitchinterval()
+    # Change between threads as often as Python can.
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            results = list(pool.map(lambda job: job(), jobs))
+    finally:
+        sys.setswitchinterval(interval)
+    for found, job in zip(results, jobs):
+        assert all(torch.equal(a, b) for a, b in zip(found, job()))

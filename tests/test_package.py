@@ -5,6 +5,7 @@ import sysconfig
 import venv
 import zipfile
 
+import pytest
 from conftest import ROOT
 
 from gunn_timm.zoo.records import weights_records
@@ -26,6 +27,7 @@ def run(*command, **kwargs):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, **kwargs).stdout
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path):
     run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', tmp_path, ROOT)
     wheel, = tmp_path.glob('*.whl')

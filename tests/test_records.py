@@ -1,4 +1,5 @@
 """The records of weights, the files and cards beside them, and checkpoints."""
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,14 +17,14 @@ from gunn_timm.commands.cli import main
 from gunn_timm.zoo import records
 from gunn_timm.zoo.files import load_checkpoint, verify
 from gunn_timm.zoo.hub import model_card, repository_files
-from gunn_timm.zoo.records import WeightsRecord, model_infos, probe_images, weights_records
+from gunn_timm.zoo.records import model_infos, probe_images, weights_records
 
 
 @pytest.mark.parametrize('name', weights_records())
 def test_records_are_true(name):
     record = weights_records()[name]
     assert name in model_infos()
-    assert record.path.stat().st_size == record.size
+    assert record.path.stat().st_size == record.size and record.file == record.path.name
     assert hashlib.sha256(record.path.read_bytes()).hexdigest() == record.sha256
     tensors = safetensors.torch.load_file(record.path)
     assert {str(t.dtype) for t in tensors.values() if t.is_floating_point()} == {f'torch.{record.dtype}'}
@@ -57,15 +58,13 @@ def test_accuracy_and_logits_are_the_recorded_ones(name):
 
 
 @pytest.mark.parametrize('name', weights_records())
-def test_card_and_configuration_agree_with_the_record(name):
+def test_card_and_configuration_agree_with_the_record(name, capsys):
     record = weights_records()[name]
     files = repository_files(record, 'org/x')
     config = json.loads(files['config.json'])
     assert config['label_names'] == record.label_names and config['sha256'] == record.sha256
-    assert config['num_classes'] == len(record.label_names)
     assert f"{config['architecture']}.{config['pretrained_cfg']['tag']}" == name
-    for key, value in record.preprocessing.items():
-        assert config['pretrained_cfg'][key] == value
+    assert record.preprocessing.items() <= config['pretrained_cfg'].items()
     card = ModelCard(files['README.md'].decode())
     assert (card.data.library_name, card.data.license) == ('timm', record.license)
     # miniImageNet has no home of its own there.
@@ -76,14 +75,8 @@ def test_card_and_configuration_agree_with_the_record(name):
     for figure in (f"{record.metrics['top1']}% / {record.metrics['top5']}%", f'{record.parameters:,}', record.sha256,
                    record.dataset['copy'], record.metrics['command'], *record.training['command']):
         assert figure in card.text
-    seeds = record.training['seed']
-    assert len(seeds) == 1 or f'one for each of the {len(seeds)} stretches of one run' in card.text
     assert not re.search(r'None|\{|\[More Information', re.sub(r'```.*?```', '', card.text, flags=re.DOTALL))
-
-
-@pytest.mark.parametrize('name', weights_records())
-def test_card_beside_the_record_is_current(name, capsys):
-    """`python -m gunn_timm card NAME > weights/NAME.md` writes it."""
+    # `python -m gunn_timm card NAME > weights/NAME.md` writes the one beside the record.
     assert main(['card', name]) == 0
     assert capsys.readouterr().out == (ROOT / 'weights' / f'{name}.md').read_text()
 
@@ -99,46 +92,18 @@ def test_code_on_the_card_runs(run, tmp_path):
         'torch.Size([1, 360])']
 
 
-def test_every_record_belongs_to_a_tag():
-    assert {path.stem for path in (ROOT / 'weights').glob('*.*.yaml')} == set(weights_records())
-    assert all(record.file == record.path.name for record in weights_records().values())
-
-
-@pytest.fixture
-def shipped(tmp_path, monkeypatch) -> WeightsRecord:
-    """A weight of its own, as if it came with the package."""
-    model = create_tiny('gunn15')
-    file = tmp_path / 'gunn15.cifar10.safetensors'
-    safetensors.torch.save_file(model.state_dict(), file)
-    record = WeightsRecord(
-        'gunn15.cifar10', file.name, hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_size, 'float32', 0,
-        'apache-2.0', ['a'] * 7, {}, {}, {}, {}, '')
-    monkeypatch.setattr(records, '_weights_dir', lambda: tmp_path)
-    monkeypatch.setitem(weights_records(), record.name, record)
-    return record
-
-
-def test_any_changed_byte_is_refused(shipped):
-    verify(shipped.path, shipped.sha256)
-    original = shipped.path.read_bytes()
-    overlay = dict(file=str(shipped.path), num_classes=7)
-    kwargs = dict(pretrained=True, pretrained_cfg_overlay=overlay, channels=(8, 12, 12), segments=(2, 3, 2))
-    timm.create_model('gunn15', **kwargs)
-    for position in (0, len(original) - 1):
-        changed = bytearray(original)
-        changed[position] ^= 1
-        shipped.path.write_bytes(changed)
-        with pytest.raises(ValueError, match=f'is not the published file: its SHA-256 is .* expected {shipped.sha256}'):
-            timm.create_model('gunn15', **kwargs)
-    assert shipped.path.is_file()
-    shipped.path.unlink()
-    with pytest.raises(FileNotFoundError, match="The weights are missing: no file '.*gunn15.cifar10.safetensors'"):
-        timm.create_model('gunn15', **kwargs)
+def test_changed_and_missing_weights_are_refused(monkeypatch, tmp_path):
+    record = weights_records()['gunn15.cifar10']
+    monkeypatch.setitem(weights_records(), record.name, dataclasses.replace(record, sha256='0' * 64))
+    with pytest.raises(ValueError, match=f'is not the published file: its SHA-256 is {record.sha256}, expected 0000'):
+        timm.create_model('gunn15', pretrained=True)
+    assert record.path.is_file()
+    with pytest.raises(FileNotFoundError, match="The weights are missing: no file '.*missing.safetensors'"):
+        verify(tmp_path / 'missing.safetensors', record.sha256)
 
 
 @pytest.mark.parametrize('info, text, problem', [
     ({}, '{sha256: 0}', r"gunn15.cifar10.yaml' does not describe .*missing.* its keys are file, sha256, size"),
-    ({}, '{colour: blue}', r"gunn15.cifar10.yaml' does not describe .*unexpected keyword argument 'colour'"),
     ({}, '{a: 1', "gunn15.cifar10.yaml' is not YAML that can be read"),
     ({}, '[1]', "gunn15.cifar10.yaml' must have keys and values"),
     ({'gmacs': 'many'}, '{}', r"models.yaml' does not describe .*'gmacs' is 'many', and must be of type float"),
@@ -154,21 +119,28 @@ def test_damaged_records_are_named(info, text, problem, tmp_path, monkeypatch):
         weights_records.__wrapped__()
 
 
-@pytest.mark.parametrize('kind', ['safetensors', 'train.py', 'train.py with EMA'])
-def test_load_checkpoint(kind, tmp_path):
+def test_averaged_weights_of_a_checkpoint_are_taken(tmp_path):
     source, model = create_tiny('gunn15'), create_tiny('gunn15')
     with torch.no_grad():
         source.fc.bias += 1
-    state = source.state_dict()
-    file = tmp_path / ('x.safetensors' if kind == 'safetensors' else 'x.pth.tar')
-    if kind == 'safetensors':
-        safetensors.torch.save_file(state, file)
-    elif kind == 'train.py':
-        torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}}, file)
-    else:
-        torch.save({'epoch': 3, 'state_dict': model.state_dict(), 'state_dict_ema': state}, file)
-    load_checkpoint(model, file)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    torch.save({'state_dict': model.state_dict(), 'state_dict_ema': source.state_dict()}, tmp_path / 'x.pth.tar')
+    load_checkpoint(model, tmp_path / 'x.pth.tar')
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings('ignore:Validating sparse tensor invariants')
+@pytest.mark.parametrize('value', [
+    {'a': torch.zeros(2)}, torch.zeros(2).to_sparse(), torch.zeros(2, device='meta'),
+], ids=['mapping', 'sparse', 'meta'])
+def test_what_is_no_dense_tensor_is_refused(value, tmp_path):
+    """Whether this package or timm loads the file, which, as one of PyTorch's, may hold anything."""
+    file, model = tmp_path / 'other.pth', create_tiny('gunn15')
+    torch.save({**model.state_dict(), 'fc.bias': value}, file)
+    for load in (
+            lambda: load_checkpoint(model, file),
+            lambda: create_tiny('gunn15', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))):
+        with pytest.raises(ValueError, match="other.pth' is not a checkpoint of weights: 'fc.bias' is no dense tensor"):
+            load()
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

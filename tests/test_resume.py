@@ -5,12 +5,11 @@ import torch
 from conftest import ROOT, timm_checkout
 from PIL import Image
 
-ARGS = {
-    '--model': 'gunn15', '--batch-size': 8, '--epochs': 3, '--lr': 0.05, '--seed': 3, '--workers': 1, '--drop': 0.2,
-    '--drop-path': 0.2, '--mixup': 0.4, '--train-crop-mode': 'pad4', '--num-classes': 2, '--input-size': '3 16 16',
-    '--opt': 'nesterov', '--warmup-epochs': 0, '--device': 'cpu', '--model-ema-decay': 0.9, '--train-split': 'train',
-    '--val-split': '', '--checkpoint-hist': 5, '--eval-metric': 'loss'}
-FLAGS = ['--no-prefetcher', '--model-ema', '--sched-on-updates']
+ARGS = (
+    '--model gunn15 --batch-size 8 --epochs 3 --lr 0.05 --seed 3 --workers 1 --drop 0.2 --drop-path 0.2 --mixup 0.4 '
+    '--train-crop-mode pad4 --num-classes 2 --input-size 3 16 16 --opt nesterov --warmup-epochs 0 --device cpu '
+    '--no-prefetcher --model-ema --model-ema-decay 0.9 --sched-on-updates --train-split train --checkpoint-hist 5 '
+    '--eval-metric loss --val-split').split() + ['']
 
 
 @pytest.fixture
@@ -37,10 +36,9 @@ def differences(a, b, path=''):
 @pytest.mark.parametrize('script', ['tiny_train.py', pytest.param('train.py', marks=timm_checkout)])
 def test_resumed_run_ends_bit_for_bit_the_same(script, data, run, tmp_path, request):
     folder = request.getfixturevalue('checkout') if script == 'train.py' else ROOT / 'tests'
-    args = [part for name, value in ARGS.items() for part in (name, *(str(value).split(' ')))]
 
     def train(experiment, *more):
-        result = run('-m', 'gunn_timm', 'run', folder / script, *args, *FLAGS, '--data-dir', data, '--output', tmp_path,
+        result = run('-m', 'gunn_timm', 'run', folder / script, *ARGS, '--data-dir', data, '--output', tmp_path,
                      '--experiment', experiment, *more)
         assert result.returncode == 0, result.stderr
         return [torch.load(tmp_path / experiment / f'checkpoint-{epoch}.pth.tar', weights_only=False)

@@ -60,6 +60,7 @@ def test_train_resume_and_validate(train, run, checkout, data, tmp_path):
     assert top1 == pytest.approx(float(rows[-1]['eval_top1'])) and top1 > 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     '--amp --amp-dtype bfloat16', '--channels-last', '--model-ema --model-ema-decay 0.9', '--grad-accum-steps 2',
     '--grad-checkpointing', '--torchcompile',

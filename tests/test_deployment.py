@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import onnx
 import torch
-from conftest import ROOT, create_tiny
+from conftest import ROOT, create_tiny, relative
 from PIL import Image
 
 from gunn_timm.commands.export import export_model

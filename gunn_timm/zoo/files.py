@@ -41,7 +41,9 @@ def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> Non
 
 
 def _sha256_in_config(path: Union[str, Path]) -> Optional[str]:
-    return json.loads(Path(path).read_text(encoding='utf-8')).get('sha256')
+    config = json.loads(Path(path).read_text(encoding='utf-8'))
+    # transformers keeps the entry when it saves weights of its own, which are others.
+    return None if 'transformers_version' in config else config.get('sha256')
 
 
 def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tuple[Path, str, bool]]:

@@ -77,8 +77,8 @@ def repository_files(record: WeightsRecord, repo_id: str) -> Dict[str, bytes]:
             # transformers would else compute in the type that the weights are stored in.
             model_config=dict(label_names=record.label_names, sha256=record.sha256, torch_dtype='float32'))
         config = json.loads(file.read_text(encoding='utf-8'))
-    # The architecture implies them, and transformers cannot take num_classes twice.
-    config.pop('model_args', None)
+    # The architecture implies them. transformers cannot take num_classes twice, and writes null where there are none.
+    config['model_args'] = {}
     return {
         HUB_FILE: record.path.read_bytes(),
         'config.json': json.dumps(config, indent=2).encode(),

@@ -1,6 +1,4 @@
 """A published repository in transformers, where many meet the hub's weights first."""
-import os
-
 import pytest
 import timm
 import torch
@@ -10,7 +8,6 @@ from PIL import Image
 from gunn_timm.zoo.hub import repository_files
 from gunn_timm.zoo.records import weights_records
 
-os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error')
 transformers = pytest.importorskip('transformers')
 RECORD = weights_records()['gunn15.cifar10']
 

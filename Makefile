@@ -19,7 +19,7 @@ test: lint $(TIMM_SOURCE)
 # And what is marked as slow, and timm's tests of the other models.
 test-all: test
 	$(BIN)/python -m pytest -q -n auto -m slow tests
-	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) -k 'sunn or gunn24 or nores or wide'
+	$(BIN)/python tests/run_timm_tests.py $(TIMM_SOURCE) -k 'sunn or gunn24 or nores or wide_gunn'
 
 test-gpu: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q tests/test_gpu.py

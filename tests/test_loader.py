@@ -116,18 +116,19 @@ def test_sizes_that_are_not_square_and_grey_images(mode, size, folder):
     assert inspect.signature(create_loader) == inspect.signature(timm.data.create_loader)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_epochs_are_what_they_are_wherever_one_starts(folder, workers):
+@pytest.mark.parametrize('kwargs', [
+    dict(num_workers=0), dict(num_workers=2), dict(num_workers=1, mode='rrc', input_size_choices=[16, 32])])
+def test_epochs_are_what_they_are_wherever_one_starts(folder, kwargs):
     def epoch(loader, number):
         loader.dataset.set_epoch(number)
-        return [torch.cat([images for images, _ in loader]), torch.rand(3), np.random.rand(3)]
+        return [torch.cat([images.flatten() for images, _ in loader]), torch.rand(3), np.random.rand(3)]
 
     def start(seed):
         torch.manual_seed(seed)
-        return loader_of(folder, 'pad4', num_workers=workers)
+        return loader_of(folder, **{'mode': 'pad4', **kwargs})
 
     loader = start(7)
-    assert loader.persistent_workers is bool(workers)
+    assert loader.persistent_workers is bool(kwargs['num_workers'])
     _, second, third = (epoch(loader, i) for i in range(3))
     assert all(np.array_equal(a, b) for a, b in zip(third, epoch(start(7), 2)))
     assert not torch.equal(second[0], third[0]) and not torch.equal(epoch(start(8), 2)[0], third[0])

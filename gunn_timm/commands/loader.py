@@ -128,7 +128,8 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
     parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
     seed = _EpochSeed([part.set_epoch for part in parts if hasattr(part, 'set_epoch')])
     images = dataset.dataset if isinstance(dataset, timm.data.AugMixDataset) else dataset
-    images.transform = transforms.Compose([seed, images.transform])
+    # With several image sizes timm transforms outside the dataset, which then has no transform.
+    images.transform = transforms.Compose([step for step in (seed, images.transform) if step])
     dataset.set_epoch = seed.set_epoch
     # Starting workers, which a resumed run does and an uncut one need not, then draws no number of the process's.
     getattr(loader, 'loader', loader).generator = torch.Generator()

@@ -92,7 +92,7 @@ class _EveryImage(ImageDataset):
     """timm's dataset, which takes the next image for one that cannot be read; this does not."""
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
-        file, target = self.reader[index]
+        file, target, *_ = self.reader[index]
         try:
             image = Image.open(file).convert('RGB')
         except Exception as e:  # Pillow's decoders raise what they like

@@ -31,7 +31,6 @@ from gunn_timm.zoo.files import load_checkpoint, write_file
 from gunn_timm.zoo.records import WeightsRecord, probe_images, weights_records
 
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
-
 _INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
 
 
@@ -106,6 +105,8 @@ def _check_classes(names: Sequence[str], labels: Sequence[str], model: torch.nn.
         raise ValueError(
             f'The data has {len(names)} classes and the model {model.num_classes}; give data of its classes, or '
             '--num-classes and --checkpoint.')
+    if not labels:
+        return
     imagenet = ImageNetInfo()
     descriptions = dict(zip(imagenet.label_names(), imagenet.label_descriptions()))
     for index, (name, label) in enumerate(zip(names, labels)):

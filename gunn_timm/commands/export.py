@@ -147,9 +147,9 @@ def check_export(model: torch.nn.Module, path: Union[str, Path], format: str) ->
     Raises:
         RuntimeError: The file cannot be run, or it differs by more than `TOLERANCE`.
     """
-    channels, height, width = json.loads(_metadata(_unwrap(model))['input_size'])
-    device = next(model.parameters()).device
     eager, shares = copy.deepcopy(_unwrap(model)).eval(), []
+    channels, height, width = json.loads(_metadata(eager)['input_size'])
+    device = next(eager.parameters()).device
     try:
         exported = _load(path, format)
         for batch_size, size in ((1, (height, width)), (3, (height + 32, width + 16))):

@@ -11,8 +11,8 @@ product reads the channels that no unit of the block updates, and each unit adds
 The engine differentiates a node when all nodes that use its output are done. So when it comes to a read, the updates
 behind it are undone, and the state is the one that was read. Everything else in a unit is plain autograd.
 """
-from itertools import accumulate, islice
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from itertools import accumulate
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
@@ -58,7 +58,7 @@ class _Shared:
 
 
 class _Block:
-    """Channels that a block of units updates, rows of its weights in their concatenation, and gradient of that."""
+    """Channels that a block of units updates, rows of each unit in its weights' concatenation, and gradient of that."""
     needs_weight_grad, weight_grad = False, None
 
     def __init__(self, first: int, last: int, channels: int, rows: Sequence[slice]):
@@ -86,7 +86,7 @@ class _ReadOthers(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
         _refuse_all_but_first_derivatives(grads[0])
         block, shared, weights, grad = ctx.block, ctx.shared, ctx.saved_tensors, torch.cat(grads, dim=1)
-        weight_grads: List[Optional[torch.Tensor]] = [None] * len(weights)
+        weight_grads: Sequence[Optional[torch.Tensor]] = [None] * len(weights)
         if ctx.needs_input_grad[0]:
             weight = torch.cat(weights)
             for columns in block.others:
@@ -94,44 +94,42 @@ class _ReadOthers(torch.autograd.Function):
         if block.needs_weight_grad:
             for columns in block.others:
                 torch.mm(grad.t(), _rows(shared.state)[:, columns], out=block.weight_grad[:, columns])
-            weight_grads = [block.weight_grad[rows] for rows in block.rows]
+            weight_grads = block.weight_grad.split([len(weight) for weight in weights])
         block.weight_grad = None
         shared.finish_one()
         return None, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None, *weight_grads
 
 
 class _ReadOwn(torch.autograd.Function):
-    """Add the product of the channels that the block updates, as they are now; outputs have shape (N, out, H, W)."""
+    """Add a unit's product of the channels that the block updates, as they are now; outputs are (N, out, H, W)."""
 
     @staticmethod
-    def forward(ctx: Any, state: torch.Tensor, shared: _Shared, block: _Block, rows: Sequence[slice],
-                weights: Sequence[torch.Tensor], *parts: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, state: torch.Tensor, shared: _Shared, block: _Block, rows: slice,
+                weights: Sequence[torch.Tensor], part: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         shared.register(ctx)
         ctx.block, ctx.rows = block, rows
         ctx.save_for_backward(*weights)
-        outs = []
-        for weight, part in zip(weights, parts):
-            like = dict(dtype=state.dtype, device=state.device, memory_format=torch.channels_last)
-            outs.append(torch.empty(len(state), len(weight), *state.shape[2:], **like))
-            torch.addmm(part, _rows(state)[:, block.own], weight[:, block.own].t(), out=_rows(outs[-1]))
-        return tuple(outs)
+        like = dict(dtype=state.dtype, device=state.device, memory_format=torch.channels_last)
+        product, own = torch.empty(len(state), part.shape[1], *state.shape[2:], **like), block.own
+        torch.addmm(part, _rows(state)[:, own], torch.cat([w[:, own] for w in weights]).t(), out=_rows(product))
+        outs = product.split([len(weight) for weight in weights], dim=1)
+        return tuple(out.clone(memory_format=torch.channels_last) for out in outs) if len(outs) > 1 else (product,)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
         _refuse_all_but_first_derivatives(grads[0])
         block, shared, own = ctx.block, ctx.shared, ctx.block.own
         # What comes behind may give its gradient another format.
-        part_grads = [_rows(grad.contiguous(memory_format=torch.channels_last)) for grad in grads]
-        if block.needs_weight_grad and block.weight_grad is None:
-            block.weight_grad = part_grads[0].new_empty(block.rows[-1].stop, shared.state.shape[1])
-            block.weight_grad[:, own].zero_()  # this function is not called for what a unit drops
-        for weight, rows, grad in zip(ctx.saved_tensors, ctx.rows, part_grads):
-            if block.needs_weight_grad:
-                torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[rows, own])
-            if ctx.needs_input_grad[0]:
-                _rows(shared.grad)[:, own].addmm_(grad, weight[:, own])
+        grad = _rows(torch.cat(grads, dim=1).contiguous(memory_format=torch.channels_last))
+        if block.needs_weight_grad:
+            if block.weight_grad is None:
+                block.weight_grad = grad.new_empty(block.rows[-1].stop, shared.state.shape[1])
+                block.weight_grad[:, own].zero_()  # this function is not called for what a unit drops
+            torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[ctx.rows, own])
+        if ctx.needs_input_grad[0]:
+            _rows(shared.grad)[:, own].addmm_(grad, torch.cat([weight[:, own] for weight in ctx.saved_tensors]))
         shared.finish_one()
-        return None, None, None, None, None, *part_grads
+        return None, None, None, None, None, grad
 
 
 class _Update(torch.autograd.Function):
@@ -142,7 +140,10 @@ class _Update(torch.autograd.Function):
                 x: Optional[torch.Tensor]) -> torch.Tensor:
         shared.register(ctx)
         ctx.segment, ctx.residual = segment, residual
-        (torch.Tensor.add_ if residual else torch.Tensor.copy_)(state[:, segment], out)
+        old = state[:, segment]
+        if residual and old.is_cpu and old.element_size() == 2:  # adding to strided numbers is slow, copying is not
+            residual, out = False, old.clone(memory_format=torch.channels_last).add_(out)
+        (torch.Tensor.add_ if residual else torch.Tensor.copy_)(old, out)
         ctx.mark_dirty(state)
         if x is not None:
             ctx.save_for_backward(x, state)
@@ -189,12 +190,11 @@ def gradual_update(
     for first in range(0, len(functions), block_size):
         units = range(first, min(first + block_size, len(functions)))
         read, bias = ([tensor for index in units for tensor in tensors[index]] for tensors in (weights, biases))
-        stops = list(accumulate(map(len, read), initial=0))
+        stops = list(accumulate((sum(map(len, weights[index])) for index in units), initial=0))
         block = _Block(size * first, size * units.stop, x.shape[1], [slice(*ends) for ends in zip(stops, stops[1:])])
-        parts = zip(block.rows, _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read))
-        for index in units:
-            rows, own_parts = zip(*islice(parts, len(weights[index])))
-            out = functions[index](*_ReadOwn.apply(state, shared, block, rows, weights[index], *own_parts))
+        parts = _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read)
+        for index, rows, part in zip(units, block.rows, parts):
+            out = functions[index](*_ReadOwn.apply(state, shared, block, rows, weights[index], part))
             segment, is_last = slice(size * index, size * (index + 1)), index == len(functions) - 1
             state = _Update.apply(state, out, shared, segment, residual, x if is_last else None)
     return state

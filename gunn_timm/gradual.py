@@ -109,8 +109,8 @@ class _ReadOwn(torch.autograd.Function):
         shared.register(ctx)
         ctx.block, ctx.rows = block, rows
         ctx.save_for_backward(*weights)
-        like = dict(dtype=state.dtype, device=state.device, memory_format=torch.channels_last)
-        product, own = torch.empty(len(state), part.shape[1], *state.shape[2:], **like), block.own
+        (n, _, h, w), own, like = state.shape, block.own, dict(dtype=state.dtype, device=state.device)
+        product = torch.empty(n, part.shape[1], h, w, memory_format=torch.channels_last, **like)
         torch.addmm(part, _rows(state)[:, own], torch.cat([w[:, own] for w in weights]).t(), out=_rows(product))
         outs = product.split([len(weight) for weight in weights], dim=1)
         return tuple(out.clone(memory_format=torch.channels_last) for out in outs) if len(outs) > 1 else (product,)
@@ -120,7 +120,7 @@ class _ReadOwn(torch.autograd.Function):
         _refuse_all_but_first_derivatives(grads[0])
         block, shared, own = ctx.block, ctx.shared, ctx.block.own
         # What comes behind may give its gradient another format.
-        grad = _rows(torch.cat(grads, dim=1).contiguous(memory_format=torch.channels_last))
+        grad = _rows((torch.cat(grads, 1) if grads[1:] else grads[0]).contiguous(memory_format=torch.channels_last))
         if block.needs_weight_grad:
             if block.weight_grad is None:
                 block.weight_grad = grad.new_empty(block.rows[-1].stop, shared.state.shape[1])

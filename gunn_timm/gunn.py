@@ -155,21 +155,10 @@ class Gunn(nn.Module):
         stages = []
         for i, (chs, stride) in enumerate(zip(channels, strides)):
             stages.append(GunnStage(
-                channels[max(i - 1, 0)],
-                chs,
-                segments[i],
-                downsample=i > 0,
-                stride=2 if stride <= output_stride else 1,
-                pool_first=not is_cifar,
-                dilation=max(1, stride // output_stride),
-                expansion=expansion,
-                num_blocks=num_blocks,
-                shortcut=is_cifar,
-                residual=residual,
-                ordered=ordered,
-                drop_path=drop_path_rates[i],
-                **kwargs,
-            ))
+                channels[max(i - 1, 0)], chs, segments[i],
+                downsample=i > 0, stride=2 if stride <= output_stride else 1, pool_first=not is_cifar,
+                dilation=max(1, stride // output_stride), expansion=expansion, num_blocks=num_blocks,
+                shortcut=is_cifar, residual=residual, ordered=ordered, drop_path=drop_path_rates[i], **kwargs))
             self.feature_info.append(dict(num_chs=chs, reduction=min(stride, output_stride), module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
 

@@ -22,6 +22,12 @@ import torch  # noqa: E402
 
 import gunn_timm  # noqa: E402, F401
 
+# TorchScript knows operators by their id() and does not keep them. One that PyTorch renews, as it does when a library
+# adds to it, leaves its id to any other object: a list of a convolution that has it cannot be scripted.
+_operators = []
+_register_operator = torch.jit._builtins._register_builtin
+torch.jit._builtins._register_builtin = lambda op, name: _operators.append(op) or _register_operator(op, name)
+
 ROOT = Path(__file__).parents[1]
 # timm's train.py and validate.py are in its repository and in no release: the tests of them run where there is a clone.
 _CHECKOUT = os.environ.get('TIMM_CHECKOUT')

@@ -93,7 +93,6 @@ def test_lighting():
 
 @pytest.mark.parametrize('mode, kwargs, message', [
     ('pad4', dict(use_prefetcher=True), 'needs --no-prefetcher'),
-    ('pad4', dict(input_size_choices=[16, 32]), 'takes no --train-img-sizes'),
     ('pad4+roll', dict(num_aug_splits=3), 'takes no .*--aug-splits'),
     ('pad4', dict(no_aug=True), 'takes no .*--no-aug'),
     ('rrc+lighting', dict(input_size=(1, 32, 32)), "The crop mode 'rrc.lighting' is for images of 3 channels; got 1."),
@@ -116,8 +115,17 @@ def test_sizes_that_are_not_square_and_grey_images(mode, size, folder):
     assert inspect.signature(create_loader) == inspect.signature(timm.data.create_loader)
 
 
+@pytest.mark.parametrize('size, sizes', [((3, 32, 32), (16, 24, 32)), ((3, 32, 16), ((16, 8), (3, 32, 16)))])
+def test_scheduled_sizes_are_padded_in_proportion(size, sizes, folder):
+    loader = loader_of(folder, 'pad4', input_size=size, input_size_choices=sizes)
+    shapes = [(s, s) if isinstance(s, int) else tuple(s)[-2:] for s in sizes]
+    crops = [transform.transforms[-1] for transform in loader.dataset.transforms]
+    assert [(crop.size, crop.padding) for crop in crops] == [(shape, shape[0] // 8) for shape in shapes]
+    assert {tuple(images.shape[2:]) for _ in range(9) for images, _ in loader} == set(shapes)
+
+
 @pytest.mark.parametrize('kwargs', [
-    dict(num_workers=0), dict(num_workers=2), dict(num_workers=1, mode='rrc', input_size_choices=[16, 32])])
+    dict(num_workers=0), dict(num_workers=2), dict(num_workers=1, input_size_choices=[16, 32])])
 def test_epochs_are_what_they_are_wherever_one_starts(folder, kwargs):
     def epoch(loader, number):
         loader.dataset.set_epoch(number)

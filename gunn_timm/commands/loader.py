@@ -5,7 +5,7 @@ its `--train-crop-mode`. Without the launcher timm refuses them.
 """
 import functools
 import inspect
-from typing import Any, Callable, List, Sequence
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import timm.data
 import timm.utils
@@ -56,12 +56,18 @@ class Lighting:
         return image + (self.eigenvectors @ weights).view(3, 1, 1)
 
 
-def _change_transform(mode: str, steps: List[Callable], size: Sequence[int]) -> transforms.Compose:
+def _as_size(size: Union[int, Sequence[int]]) -> Tuple[int, ...]:
+    return (3, size, size) if isinstance(size, int) else (3, *size)[-3:]
+
+
+def _change_steps(steps: List[Callable], mode: str, size: Sequence[int], full_height: int) -> None:
     if mode == 'rrc+lighting':
-        at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
-        return transforms.Compose([*steps[:at], Lighting(), *steps[at:]])
-    steps = [*steps, transforms.RandomCrop(size, padding=4)]  # after normalisation, so that the border is 0, the mean
-    return transforms.Compose([*steps, CyclicRoll()] if mode == 'pad4+roll' else steps)
+        steps.insert(next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize)), Lighting())
+        return
+    # After normalisation, so that the border is 0, the mean.
+    steps.append(transforms.RandomCrop(size, padding=4 * size[0] // full_height))
+    if mode == 'pad4+roll':
+        steps.append(CyclicRoll())
 
 
 class _EpochSeed:
@@ -97,11 +103,12 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
 
     Args:
         args, kwargs: timm's. `train_crop_mode` may also be 'pad4' (normalise, pad by 4 pixels of 0, crop at random,
-            paper section 6.2), 'pad4+roll' (then `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
+            paper section 6.2; of smaller images with `input_size_choices` proportionately less), 'pad4+roll' (then
+            `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
 
     Raises:
-        ValueError: The mode goes with one image size, images that are normalised on the CPU, and whole batches; and
-            'rrc+lighting' with three channels.
+        ValueError: The mode goes with images that are normalised on the CPU, and whole batches; and 'rrc+lighting' with
+            three channels.
     """
     bound = inspect.signature(_timm_create_loader).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -109,13 +116,12 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
     if not kwargs['is_training']:
         return _timm_create_loader(**kwargs)
     dataset, size, mode = kwargs['dataset'], kwargs['input_size'], kwargs['train_crop_mode']
-    size = (3, size, size) if isinstance(size, int) else (3, *size)[-3:]
-    is_ours = mode in _CROP_MODES
+    size, is_ours = _as_size(size), mode in _CROP_MODES
     if is_ours:
-        if kwargs['use_prefetcher'] or kwargs.get('input_size_choices') or kwargs['num_aug_splits'] or kwargs['no_aug']:
+        if kwargs['use_prefetcher'] or kwargs['num_aug_splits'] or kwargs['no_aug']:
             raise ValueError(
                 f"The crop mode '{mode}' needs --no-prefetcher, for it works on normalised images, and takes no "
-                '--train-img-sizes, --aug-splits or --no-aug.')
+                '--aug-splits or --no-aug.')
         if mode == 'rrc+lighting' and size[0] != 3:
             raise ValueError(f"The crop mode '{mode}' is for images of 3 channels; got {size[0]}.")
         kwargs['train_crop_mode'] = None
@@ -123,12 +129,13 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
             kwargs.update(scale=(1., 1.), ratio=(size[2] / size[1],) * 2)
     loader = _timm_create_loader(**kwargs)
     if is_ours:
-        dataset.transform = _change_transform(mode, dataset.transform.transforms, size[1:])
+        choices = kwargs.get('input_size_choices')
+        for transform, choice in zip(loader.dataset.transforms if choices else [dataset.transform], choices or [size]):
+            _change_steps(transform.transforms, mode, _as_size(choice)[1:], size[1])
     # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
     parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
     seed = _EpochSeed([part.set_epoch for part in parts if hasattr(part, 'set_epoch')])
     images = dataset.dataset if isinstance(dataset, timm.data.AugMixDataset) else dataset
-    # With several image sizes timm transforms outside the dataset, which then has no transform.
     images.transform = transforms.Compose([step for step in (seed, images.transform) if step])
     dataset.set_epoch = seed.set_epoch
     # Starting workers, which a resumed run does and an uncut one need not, then draws no number of the process's.

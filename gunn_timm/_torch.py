@@ -1,8 +1,8 @@
 """What PyTorch has no public name for: whether a tensor or module is just what it seems to be.
 
-Algorithm 1 computes a unit's first convolutions itself, so it must know of whatever else would see or change them. The
-fallback for each name is its absence: the answer is then the one that makes layers run by concatenation, which is right
-always.
+Algorithm 1 computes a unit's first convolutions itself, so it must know of whatever else would see or change them.
+Where PyTorch lacks a name, the answer is the one that makes layers run by concatenation, which is always right; for the
+two that backward asks for, it says what is lost.
 """
 import torch
 from torch import nn
@@ -21,8 +21,12 @@ _GLOBAL_HOOKS = [getattr(nn_module, f'_global_{n}_hooks', [True]) for n in (
     'forward_pre', 'forward', 'backward_pre', 'backward')]
 
 
+# Tells one run of the autograd engine from another; without the name all are one.
+current_backward = getattr(torch._C, '_current_graph_task_id', lambda: 0)
+
+
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether vmap computes with the tensor as one of many; without the names, PyTorch raises an error of its own."""
+    """Whether vmap computes with the tensor as one of many; without the names PyTorch raises an error of its own."""
     return _is_batched(tensor) or _is_legacy_batched(tensor)
 
 

@@ -5,18 +5,18 @@ states differ only in which segments are updated already, so the layer's input x
 `_Update` saves x and y, and in backward each `_Update` puts the old value of its segment back.
 
 `_ReadOthers` and `_ReadOwn` are the pointwise convolutions of the state that a unit begins with. They save weights
-only, and add the state's gradient to the layer's one buffer instead of returning it. Units are read for in blocks: one
-product reads the channels that no unit of the block updates, and each unit adds its own product of the others.
+only, and add the state's gradient to the layer's one buffer instead of returning it. Units are grouped in blocks: one
+product for a block reads the channels that none of its units updates, and each unit adds its product of the others.
 
-The engine differentiates a node when all nodes that use its output are done. So when it comes to a read, the updates
-behind it are undone, and the state is the one that was read. Everything else in a unit is plain autograd.
+Autograd runs a node's backward after those of all nodes that use its output. So when a read's backward runs, all later
+updates are undone, and the state is the one that was read. Everything else in a unit is plain autograd.
 """
 from itertools import accumulate
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
-from ._torch import is_batched
+from ._torch import current_backward, is_batched
 
 __all__ = ['gradual_update']
 
@@ -26,39 +26,38 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _refuse_all_but_first_derivatives(grad: torch.Tensor) -> None:
-    # Backward runs with gradients enabled under create_graph=True only.
-    if torch.is_grad_enabled() or is_batched(grad):
-        raise RuntimeError(
-            "Algorithm 1 is differentiable once, by one gradient at a time. For create_graph=True or "
-            "is_grads_batched=True run the layers by concatenation: gunn_timm.layers.set_backend(model, 'plain').")
-
-
 class _Shared:
     """What the functions of one call of a layer share while backward runs: the state as it was, and its gradient."""
-    nodes = left = 0
+    nodes, backward = 0, None
 
     def register(self, ctx: Any) -> None:
         """Count a function that backward will come to."""
         ctx.shared = self
         self.nodes += any(ctx.needs_input_grad)
 
-    def start(self, x: torch.Tensor, y: torch.Tensor, grad: torch.Tensor) -> None:
-        """Begin backward at the layer's output."""
-        self.left = self.nodes
-        self.x, self.state = x, y.clone(memory_format=torch.channels_last)
-        # In the state's format, not in the one that the gradient comes in.
-        self.grad = torch.empty_like(self.state).copy_(grad)
+    def enter(self, grad: torch.Tensor, ends: Sequence[torch.Tensor] = ()) -> None:
+        """Begin a function's backward; the first one, at the layer's output, knows both ends of the layer."""
+        # Backward runs with gradients enabled under create_graph=True only.
+        if torch.is_grad_enabled() or is_batched(grad) or not (ends or self.backward == current_backward()):
+            raise RuntimeError(
+                "Algorithm 1 is differentiable once, by one gradient at a time, and from a layer's output. For "
+                'create_graph=True, is_grads_batched=True, or a loss that depends on nothing but tensors inside of a '
+                "unit, run the layers by concatenation: gunn_timm.layers.set_backend(model, 'plain').")
+        if ends:
+            self.backward, self.left, (self.x, y) = current_backward(), self.nodes, ends
+            # In the state's format, not in the one that the gradient comes in.
+            self.state = y.clone(memory_format=torch.channels_last)
+            self.grad = torch.empty_like(self.state).copy_(grad)
 
     def finish_one(self) -> None:
         """Free everything after the last function."""
         self.left -= 1
         if not self.left:
-            del self.x, self.state, self.grad
+            del self.x, self.state, self.grad, self.backward
 
 
 class _Block:
-    """Channels that a block of units updates, rows of each unit in its weights' concatenation, and gradient of that."""
+    """The channels that a block of units updates, each unit's rows in their concatenated weights, and the gradient."""
     needs_weight_grad, weight_grad = False, None
 
     def __init__(self, first: int, last: int, channels: int, rows: Sequence[slice]):
@@ -84,7 +83,7 @@ class _ReadOthers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
-        _refuse_all_but_first_derivatives(grads[0])
+        ctx.shared.enter(grads[0])
         block, shared, weights, grad = ctx.block, ctx.shared, ctx.saved_tensors, torch.cat(grads, dim=1)
         weight_grads: Sequence[Optional[torch.Tensor]] = [None] * len(weights)
         if ctx.needs_input_grad[0]:
@@ -117,14 +116,13 @@ class _ReadOwn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
-        _refuse_all_but_first_derivatives(grads[0])
+        ctx.shared.enter(grads[0])
         block, shared, own = ctx.block, ctx.shared, ctx.block.own
         # What comes behind may give its gradient another format.
         grad = _rows((torch.cat(grads, 1) if grads[1:] else grads[0]).contiguous(memory_format=torch.channels_last))
         if block.needs_weight_grad:
             if block.weight_grad is None:
                 block.weight_grad = grad.new_empty(block.rows[-1].stop, shared.state.shape[1])
-                block.weight_grad[:, own].zero_()  # this function is not called for what a unit drops
             torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[ctx.rows, own])
         if ctx.needs_input_grad[0]:
             _rows(shared.grad)[:, own].addmm_(grad, torch.cat([weight[:, own] for weight in ctx.saved_tensors]))
@@ -133,11 +131,14 @@ class _ReadOwn(torch.autograd.Function):
 
 
 class _Update(torch.autograd.Function):
-    """Add a unit's output to its segment of the state, or put it there."""
+    """Add a unit's output to its segment of the state, or put it there.
+
+    It takes what the unit read too, so that backward comes to it before the read, whatever the unit makes of that.
+    """
 
     @staticmethod
-    def forward(ctx: Any, state: torch.Tensor, out: torch.Tensor, shared: _Shared, segment: slice, residual: bool,
-                x: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(ctx: Any, state: torch.Tensor, out: torch.Tensor, read: torch.Tensor, shared: _Shared, segment: slice,
+                residual: bool, x: Optional[torch.Tensor]) -> torch.Tensor:
         shared.register(ctx)
         ctx.segment, ctx.residual = segment, residual
         old = state[:, segment]
@@ -151,17 +152,15 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
-        _refuse_all_but_first_derivatives(grad)
-        shared, segment, saved = ctx.shared, ctx.segment, ctx.saved_tensors
-        if saved:
-            shared.start(*saved, grad)
+        shared, segment = ctx.shared, ctx.segment
+        shared.enter(grad, ctx.saved_tensors)
         shared.state[:, segment].copy_(shared.x[:, segment])
         state_grad = shared.grad
         out_grad = state_grad[:, segment].clone(memory_format=torch.channels_last)  # what is read of it adds to it
         if not ctx.residual:
             state_grad[:, segment].zero_()
         shared.finish_one()
-        return state_grad, out_grad, None, None, None, None
+        return state_grad, out_grad, None, None, None, None, None
 
 
 def gradual_update(
@@ -194,7 +193,8 @@ def gradual_update(
         block = _Block(size * first, size * units.stop, x.shape[1], [slice(*ends) for ends in zip(stops, stops[1:])])
         parts = _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read)
         for index, rows, part in zip(units, block.rows, parts):
-            out = functions[index](*_ReadOwn.apply(state, shared, block, rows, weights[index], part))
+            read = _ReadOwn.apply(state, shared, block, rows, weights[index], part)
+            out = functions[index](*read)
             segment, is_last = slice(size * index, size * (index + 1)), index == len(functions) - 1
-            state = _Update.apply(state, out, shared, segment, residual, x if is_last else None)
+            state = _Update.apply(state, out, read[0], shared, segment, residual, x if is_last else None)
     return state

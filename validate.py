@@ -2,7 +2,7 @@
 """Measure the top-1 and top-5 accuracy of a model on a dataset, and compare it with the record of its weights.
 
     python validate.py --model gunn15 --data-dir DIR --split test
-    python validate.py --model gunn15 --data-dir DIR --dataset torch/cifar10 --split test --check
+    python validate.py --model gunn15 --data-dir DIR --split test --channels-last --check
     python validate.py --model gunn15 --checkpoint output/model_best.pth.tar --data-dir DIR --split test
     python validate.py --model gunn15 --ensemble SNAPSHOT SNAPSHOT ... --data-dir DIR --split test
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.split('\n')[0], usage='%(prog)s --model NAME --data-dir DIR [OPTIONS]; --help lists them')
     data = parser.add_argument_group('data')
     data.add_argument('--data-dir', required=True, metavar='DIR', help='folder or tar file of the dataset')
-    data.add_argument('--dataset', default='', metavar='NAME', help="type and name, 'torch/cifar10' say; else images")
+    data.add_argument('--dataset', default='', metavar='NAME', help="type and name, as 'torch/cifar10'; else images")
     data.add_argument('--split', default='validation', metavar='NAME', help='split (default: validation)')
     data.add_argument('--dataset-download', action='store_true', help='let a torch/ dataset download itself')
     data.add_argument('--workers', '-j', type=_number(int, 0), default=2, metavar='N',

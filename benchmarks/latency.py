@@ -127,7 +127,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
             print(f'preparing {name}: {form}', file=sys.stderr)
             try:
                 forms[form, name] = make()
-            except RuntimeError as e:  # no compiler, say: the others can still be measured
+            except RuntimeError as e:  # for example no compiler: the others can still be measured
                 rows.append(dict(form=form, model=name, error=str(e).split('\n')[0]))
     for batch_size in args.batch_sizes:
         print(f'measuring batches of {batch_size}', file=sys.stderr)

@@ -159,7 +159,7 @@ def summary(seconds: List[float], batch_size: int) -> Dict[str, float]:
 def peak_memory(workload: Workload) -> int:
     """Measure how much more memory than before a step holds at its peak, in bytes, as the allocator counts it.
 
-    A step runs first, so that gradients and optimiser state, which stay, are not counted.
+    A step runs first, so that optimiser state is not counted. Gradients are, which every step makes anew.
     """
     workload.step()
     if workload.device == 'cuda':

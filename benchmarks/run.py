@@ -127,7 +127,7 @@ def _cuda_cases() -> List[Case]:
 
 
 def _choose(cases: List[Case], words: Sequence[str]) -> List[Case]:
-    """Keep the networks of each case whose line, 'train gunn18 64 224 bfloat16 CUDA graph' say, has all the words."""
+    """Keep the networks of each case whose line, as 'train gunn18 64 224 bfloat16 CUDA graph', has all the words."""
     def is_chosen(name: str, case: Case) -> bool:
         line = ' '.join(map(str, ('train' if case.train else 'infer', name, *case[2:6])))
         return all(word in line for word in words)
@@ -347,7 +347,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--suite', default='cpu', choices=('cpu', 'cuda'), help='what to measure (default: cpu)')
     parser.add_argument('--full', action='store_true', help='measure more')
     parser.add_argument('--only', nargs='+', default=[], metavar='WORD',
-                        help="networks whose line has these, 'train', 'gunn18', '224' or 'graph' say")
+                        help="networks whose line has these, for example 'train', 'gunn18', '224' or 'graph'")
     parser.add_argument('--rounds', type=int, metavar='N', help='rounds that count (default: 5; on a GPU 3)')
     parser.add_argument('--tiny', action='store_true', help='networks and images of a few pixels, to try the script')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help="device (default: the suite's)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Table 5 and Figure 3 of the paper: what the order does to the error, and what residual learning does.
+"""Table 5 and Figure 3 of the paper: what channel ordering and residual learning do to the error.
 
     python experiments/ablation.py --budget laptop --train-script TIMM/train.py --data-dir DIR
     python experiments/ablation.py --budget gpu --seeds 0 1 2 --train-script TIMM/train.py --data-dir DIR
@@ -24,6 +24,10 @@ from gunn_timm.zoo.files import write_file
 from gunn_timm.zoo.records import model_infos
 
 NETWORKS = ('sunn15', 'gunn15_nores', 'gunn15')
+WHAT = {
+    'laptop': 'gunn15 and its baselines on CIFAR-10 for two CPU cores: 5 epochs of 7,680 images each, at 16x16 pixels',
+    'gpu': "gunn15 and its baselines on CIFAR-10 by the paper's recipe, 300 epochs",
+}
 RECIPES = {
     'laptop': Path(__file__).parent / 'ablation_laptop.yaml',
     'gpu': Path(__file__).parents[1] / 'recipes' / 'gunn15_cifar10_paper.yaml',
@@ -36,7 +40,9 @@ def _read_curve(path: Path) -> List[Dict[str, float]]:
     if not path.is_file():
         return []
     with path.open() as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        # A resumed run may write the header, or the epoch that it was in, once more.
+        rows = {row['epoch']: row for row in csv.DictReader(file) if row['epoch'] != 'epoch'}
+    return [{key: float(value) for key, value in row.items()} for row in rows.values()]
 
 
 def _train(network: str, seed: int, recipe: Path, args: argparse.Namespace) -> List[Dict[str, float]]:
@@ -108,17 +114,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--train-script', type=Path, required=True, metavar='FILE', help="timm's train.py")
     parser.add_argument('--data-dir', type=Path, required=True, metavar='DIR', help='CIFAR-10 as folders')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], metavar='N', help='seeds (default: 0 1)')
-    parser.add_argument('--processes', type=int, default=2, metavar='N', help='processes to train with (default: 2)')
+    parser.add_argument('--processes', type=int, metavar='N', help='processes (default: laptop 2, gpu 1)')
     parser.add_argument('--out', type=Path, default=Path('output/ablation'), metavar='DIR', help='folder to write to')
     args = parser.parse_args(argv)
-    recipe = RECIPES[args.budget]
+    recipe, usual_processes = RECIPES[args.budget], {'laptop': 2, 'gpu': 1}[args.budget]
+    args.processes = args.processes or usual_processes
     try:
         for path in (args.train_script, args.data_dir / 'train', args.data_dir / 'test'):
             if not path.exists():
                 raise FileNotFoundError(f"There is no '{path}'.")
         results = dict(
             budget=args.budget,
-            what=recipe.read_text().split('\n')[0].lstrip('# '),
+            what=WHAT[args.budget],
             runs=[dict(network=network, seed=seed, curve=_train(network, seed, recipe, args))
                   # All networks of a seed before the next seed, so that a cut experiment has whole comparisons.
                   for seed in args.seeds for network in NETWORKS])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the order alone does to a ResNeXt: the same network trained as it is and with its paths in order.
+"""What channel ordering alone does to a ResNeXt: the same network trained as it is and with its paths in order.
 
     python experiments/conversion.py --data-dir DIR
     python experiments/conversion.py --data-dir DIR --seeds 0 1 2 --images 50000 --test-images 10000 --img-size 32 \
@@ -7,7 +7,7 @@
 
 Trains a small ResNeXt on CIFAR-10 from the same weights, by the same recipe, on the same batches: as timm has it, with
 its 8 paths in 2 segments, and in 8. A block of one segment is timm's own, so the first is also what the others are
-without the order. Then the first is converted, trained as it is, and trained on. Writes results.json, table.md and
+without ordering. Then the first is converted, trained as it is, and trained on. Writes results.json, table.md and
 curves.png to the folder given by --out. DIR has the folders train/CLASS and test/CLASS. Runs on the CPU; the defaults
 are for a laptop.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Section 4 of the paper: overlap singularities, and what the order of the channels does to them.
+"""Section 4 of the paper: overlap singularities, and what channel ordering does to them.
 
     python experiments/singularities.py --data-dir DIR
     python experiments/singularities.py --data-dir DIR --checkpoints gunn15=FILE sunn15=FILE
@@ -35,7 +35,7 @@ from gunn_timm.zoo.files import load_checkpoint, write_file
 matplotlib.use('Agg')
 from matplotlib import pyplot  # noqa: E402
 
-# Without and with the order, each without and with residual learning.
+# Without and with channel ordering, each without and with residual learning.
 NETWORKS = {
     'unordered, no residual': dict(ordered=False, residual=False),
     'unordered': dict(ordered=False, residual=True),
@@ -196,7 +196,7 @@ def alikeness(features: torch.Tensor) -> Dict[str, float]:
 def _alikeness_of(checkpoint: str, images: torch.Tensor) -> List[Dict[str, float]]:
     name, _, path = checkpoint.partition('=')
     if not timm.is_model(name) or not path:
-        raise ValueError(f"--checkpoints takes MODEL=FILE, 'gunn15=model_best.pth.tar' say; got '{checkpoint}'.")
+        raise ValueError(f"--checkpoints takes MODEL=FILE, as in 'gunn15=model_best.pth.tar'; got '{checkpoint}'.")
     model = timm.create_model(name, num_classes=10).eval()
     load_checkpoint(model, path)
     with torch.inference_mode():

@@ -19,8 +19,6 @@ _get_function_mode = getattr(torch.overrides, '_get_current_function_mode', lamb
 _count_function_modes = getattr(torch._C, '_len_torch_function_stack', lambda: 2)
 _GLOBAL_HOOKS = [getattr(nn_module, f'_global_{n}_hooks', [True]) for n in (
     'forward_pre', 'forward', 'backward_pre', 'backward')]
-
-
 # Tells one run of the autograd engine from another; without the name all are one.
 current_backward = getattr(torch._C, '_current_graph_task_id', lambda: 0)
 

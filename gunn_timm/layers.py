@@ -218,7 +218,7 @@ class UpdateUnit(nn.Module):
     def reading_convs(self) -> Optional[List[nn.Conv2d]]:
         """Return the pointwise convolutions that read the unit's input, or None where a call does more than these.
 
-        Their modules and those around them must be as they were made. What comes behind them may be anything.
+        Their modules and those around them must be as they were made. The rest of the unit may be anything.
         """
         # By the dictionaries of the modules: as attributes they take several times as long.
         own = self._modules
@@ -241,7 +241,7 @@ def _keep_all_but_concatenations(context: Any, op: Any, *args: Any, **kwargs: An
 # What is compiled concatenates before every unit. Kept for backward, that is the P-fold memory which Algorithm 1 saves;
 # the segments are kept anyway, and putting them together again is cheap.
 _recompute_concatenations = functools.partial(create_selective_checkpoint_contexts, _keep_all_but_concatenations)
-# Before PyTorch 2.7 there is no telling, and the concatenations are kept.
+# Before PyTorch 2.7 exporting cannot be told from compiling, and the concatenations are kept.
 _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
 
@@ -249,7 +249,7 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 def _buffers_kept(unit: nn.Module) -> Iterator[None]:
     """Give BatchNorm's statistics the values back they have now.
 
-    Those in evaluation mode are not written to, were it what they hold: graphs of other threads may watch them.
+    Those of modules in eval mode are not written at all: graphs of other threads may check their versions.
     """
     kept = [(b, b.clone()) for m in unit.modules() if m.training for b in m.buffers(recurse=False)]
     try:
@@ -272,8 +272,8 @@ class GunnLayer(nn.Module):
     """A convolutional layer whose channels are updated segment by segment (paper Algorithm 1).
 
     The channels are cut into segments of one size. Segment i becomes `y_i = x_i + G_i([y_1 .. y_(i-1), x_i .. x_P])`.
-    It runs by Algorithm 1 on one running state, or concatenates before every unit where more is asked than values and
-    first derivatives (`set_backend`), with the same result.
+    It runs by Algorithm 1 on one running state, or, where that cannot be (tracing, compiling, hooks, adapters), by
+    concatenation before every unit, with the same result. Second derivatives need `set_backend(model, 'plain')`.
 
     Args:
         channels: Channels of the layer, N of the paper.
@@ -346,7 +346,7 @@ class GunnLayer(nn.Module):
         """Map (N, channels, H, W) to (N, channels, H, W); the input is not changed.
 
         Raises:
-            RuntimeError: `set_backend` asks for Algorithm 1 in training, and something stands against it.
+            RuntimeError: `set_backend` asks for Algorithm 1 in training, and it cannot run.
         """
         if torch.jit.is_scripting():
             return self._concatenate(x)
@@ -433,7 +433,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
     Args:
         model: Module to search for layers.
-        backend: 'auto' (Algorithm 1 wherever it can run), 'plain' (concatenation, which knows second derivatives) or
+        backend: 'auto' (Algorithm 1 wherever it can run), 'plain' (concatenation, which has second derivatives) or
             'gradual' (as 'auto', but training raises an error where Algorithm 1 cannot run).
 
     Raises:

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('--model', default='gunn15.cifar10', metavar='NAME', help='model and tag (default: gunn15.cifar10)')
     add('--data-dir', type=Path, required=True, metavar='DIR', help='folder with train/CLASS and test/CLASS')
-    add('--dataset', default='', metavar='NAME', help="'torch/cifar10' say, which downloads itself; else folders")
+    add('--dataset', default='', metavar='NAME', help="such as 'torch/cifar10', which downloads itself; else folders")
     add('--cache', type=Path, metavar='FILE', help='decoded images, made if missing (default: in --data-dir)')
     add('--checkpoint', type=Path, required=True, metavar='FILE', help='to write after every epoch, and to go on from')
     add('--out', type=Path, required=True, metavar='FILE', help='safetensors file of the weights, at the end')
@@ -61,7 +61,7 @@ def _write(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, str
 
 def _load_images(args: argparse.Namespace) -> Dict[str, torch.Tensor]:
     """Read images, uint8 of shape (N, H, W, 3), and targets of both splits."""
-    cache = args.cache or args.data_dir / 'images.safetensors'
+    cache = args.cache or args.data_dir / f"images{args.dataset.replace('/', '-')}.safetensors"
     if not cache.is_file():
         tensors = {}
         for split in ('train', 'test'):
@@ -109,9 +109,12 @@ class _Trainer:
         self.state = {f'{kind}.{k}': v for kind, tensors in dict(
             model=self.weights, average=self.averages, momentum=momentum).items() for k, v in tensors.items()}
         if args.checkpoint.is_file():
-            with safetensors.safe_open(args.checkpoint, 'pt') as file:
-                saved = {key: json.loads(value) for key, value in file.metadata().items()}
-            changed = [key for key in _FIXED if saved[key] != getattr(args, key)]
+            try:
+                with safetensors.safe_open(args.checkpoint, 'pt') as file:
+                    saved = {key: json.loads(value) for key, value in file.metadata().items()}
+                changed = [key for key in _FIXED if saved[key] != getattr(args, key)]
+            except Exception as e:  # what another file raises depends on what it is
+                raise ValueError(f"'{args.checkpoint}' is no checkpoint of this script.") from e
             if changed:
                 raise ValueError(f"'{args.checkpoint}' is of a run with another {', '.join(changed)}.")
             self._restore(safetensors.torch.load_file(args.checkpoint))
@@ -184,17 +187,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if args.out.suffix != '.safetensors':
             raise ValueError(f"--out must end in .safetensors; got '{args.out}'.")
+        for path in (args.out, args.checkpoint):
+            if not path.parent.is_dir():
+                raise FileNotFoundError(f"There is no folder '{path.parent}'.")
         model = timm.create_model(args.model).eval().to(args.device, memory_format=torch.channels_last)
         config = resolve_model_data_config(model)
         mean, std = (torch.tensor(config[key], device=args.device) for key in ('mean', 'std'))
         data = {key: tensor.to(args.device) for key, tensor in _load_images(args).items()}
         if data['train_targets'].max() + 1 != model.num_classes:
-            raise ValueError(f'{args.model} has {model.num_classes} classes, and the data has another number.')
+            raise ValueError(
+                f"{args.model} has {model.num_classes} classes, the data {data['train_targets'].max() + 1}.")
+        if not 1 <= args.batch_size <= len(data['train_targets']):
+            raise ValueError(f"--batch-size is from 1 to {len(data['train_targets'])}; got {args.batch_size}.")
         train, test = (
             torch.cat([((part / 255 - mean) / std).to(getattr(torch, args.amp)) for part in data[key].split(5000)])
             for key in ('train_images', 'test_images'))
         trainer = _Trainer(args, F.pad(train, (0, 0, 4, 4, 4, 4)), data['train_targets'])
-    except (OSError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     result = dict(model=args.model, epochs=args.epochs, epoch=trainer.epoch)

@@ -34,10 +34,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit code: 0, or 2 where the input is at fault, after one line on stderr.
     """
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', required=True, metavar='NAME', help="model or tag, 'gunn15' say")
+    parser.add_argument('--model', required=True, metavar='NAME', help="model or tag, for example 'gunn15'")
     parser.add_argument('--checkpoint', required=True, metavar='FILE', help='of train.py, or a safetensors file')
     parser.add_argument('--data-dir', type=Path, required=True, metavar='DIR', help='folder with train/CLASS')
-    parser.add_argument('--dataset', default='', metavar='NAME', help="type, 'torch/image_folder' say; else timm's own")
+    parser.add_argument('--dataset', default='', metavar='NAME', help="type, such as 'torch/image_folder'; else timm's")
     parser.add_argument('--images', type=int, default=10000, metavar='N', help='images to take (default: 10000)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='what images these are (default: 0)')
     parser.add_argument('--batch-size', '-b', type=int, default=250, metavar='N', help='batch size (default: 250)')
@@ -46,6 +46,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if not (args.data_dir / 'train').is_dir():
             raise FileNotFoundError(f"There is no '{args.data_dir}/train'.")
+        if not args.out.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder '{args.out.parent}'.")
         dataset = create_dataset(args.dataset, args.data_dir, split='train')
         if not 1 < args.batch_size <= args.images <= len(dataset):
             raise ValueError(

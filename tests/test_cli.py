@@ -30,7 +30,7 @@ def test_readme_table_is_current(capsys):
     (['predict', PHOTO, '--model', 'gunn51'], 'Unknown model (gunn51)'),
     (['predict', PHOTO, '--model', 'sunn24'], 'No pretrained weights exist for sunn24.cifar10'),
     (['predict', PHOTO, '--model', 'org/gunn15'], "Use 'hf-hub:org/gunn15'"),
-    (['run', 'missing.py'], "No script 'missing.py'; give the path of a Python file, timm's train.py say."),
+    (['run', 'missing.py'], "No script 'missing.py'; give a path, such as that of timm's train.py."),
     (['summary', 'resnet18'], 'must be a Gunn, for its layers are what is looked at; got ResNet'),
     (['summary', 'gunn18', '--image-size', '8', '8'], 'Output size is too small'),
     (['card', 'sunn15.cifar10'], "No weights 'sunn15.cifar10'; weights exist for: gunn15.cifar10"),

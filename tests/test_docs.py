@@ -1,4 +1,4 @@
-"""README and docs/: what they show runs, and what they name exists."""
+"""README, docs/ and the folders' READMEs: what they show runs, and what they name exists."""
 import importlib.util
 import re
 import shlex
@@ -8,7 +8,9 @@ from conftest import ROOT
 
 from gunn_timm.commands.cli import _parser
 
-PAGES = ['README.md', *(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md') if 'template' not in path.name)]
+PAGES = [
+    'README.md', *(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md') if 'template' not in path.name),
+    *(f'{folder}/README.md' for folder in ('benchmarks', 'experiments', 'recipes', 'weights'))]
 # What the pages with Python code print first.
 PRINTED = {
     'README.md': ['cat', '[400, 800, 1600, 2000] [4, 8, 16, 32]'],

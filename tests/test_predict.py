@@ -108,6 +108,8 @@ def test_predict_is_softmax_of_the_transformed_image():
     assert predict(model, [image], topk=1)[0][0]['label'] == f'class {expected.argmax()}'
     model.pretrained_cfg['label_names'] = list('abcdefg')
     assert predict(model, [image], topk=1)[0][0]['label'] == 'abcdefg'[expected.argmax()]
+    few = create_tiny('gunn15', num_classes=3).eval()
+    assert [len(predict(m, [image])[0]) for m in (model, few)] == [5, 3]
     for topk in (0, 8):
         with pytest.raises(ValueError, match=f'from 1 to the number of classes, 7; got {topk}'):
             predict(model, [image], topk=topk)

@@ -150,6 +150,9 @@ def test_cifar_gpu_ends_as_an_uncut_run(options, train, tmp_path, capsys):
     assert train('cut', '--minutes', '0', *options) == 0 and not (tmp_path / 'cut.safetensors').exists()
     assert train('cut', '--seed', '1', *options) == 2
     assert 'is of a run with another seed' in capsys.readouterr().err
+    for wrong, message in ('whole.safetensors', 'is no checkpoint of this script'), ('no/x.ckpt', 'There is no folder'):
+        assert train('cut', '--checkpoint', f'{tmp_path}/{wrong}', *options) == 2
+        assert message in capsys.readouterr().err
     assert train('cut', '--minutes', '0', *options) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == whole
     assert whole['epoch'] == 2 and 0 <= whole['top1'] <= 100

@@ -89,20 +89,20 @@ def _parser() -> argparse.ArgumentParser:
     add = command('predict', 'name what is in pictures')
     add('images', nargs='+', metavar='IMAGE', help='image files')
     add('--model', default='gunn15', help="model with weights, as timm names it (default: 'gunn15')")
-    add('--topk', type=int, default=5, metavar='K', help='classes to print (default: 5)')
+    add('--topk', type=int, metavar='K', help='classes to print (default: 5, or all if there are fewer)')
     add('--json', action='store_true', help='print JSON')
 
     command('list', 'list the models, and the errors of those with weights')
 
     add = command('summary', "print each part's shape, parameters, MACs and depth")
-    add('model', metavar='MODEL', help="model, 'gunn18' say")
+    add('model', metavar='MODEL', help="model, for example 'gunn18'")
     add('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="size of the images (default: the model's own)")
 
     add = command('card', 'print the model card of published weights, from their record')
-    add('name', metavar='NAME', help="weight, 'gunn15.cifar10' say")
+    add('name', metavar='NAME', help="weight, for example 'gunn15.cifar10'")
 
     add = command('publish', 'publish weights on the Hugging Face Hub, by the token of `hf auth login` or HF_TOKEN')
-    add('name', nargs='?', metavar='NAME', help="weight to publish, 'gunn15.cifar10' say")
+    add('name', nargs='?', metavar='NAME', help="weight to publish, for example 'gunn15.cifar10'")
     add('--all', action='store_true', help='publish all weights')
     add('--repo-id', required=True, metavar='ORG/NAME', help="repository; '{name}' in it is replaced")
     add('--revision', metavar='BRANCH', help='branch to commit to (default: main)')
@@ -111,14 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     add('--dry-run', action='store_true', help='only name the files that would be sent')
 
     add = command('export', "write a model for deployment (onnx needs pip install '.[export]', pt2 a C++ compiler)")
-    add('model', metavar='MODEL', help="model, as timm names it, 'gunn15' say")
+    add('model', metavar='MODEL', help="model, as timm names it, for example 'gunn15'")
     add('--format', required=True, choices=FORMATS)
     add('--out', required=True, metavar='FILE', help='file to write')
     add('--checkpoint', metavar='FILE', help='export these, not the published weights')
     add('--num-classes', type=int, metavar='N', help="classes of the checkpoint, if not the model's")
     add('--check', action='store_true', help='run the file in its own runtime and compare')
 
-    add = command('run', "run a script of timm's, train.py say, with the models registered")
+    add = command('run', "run a script of timm's, for example train.py, with the models registered")
     add('script', metavar='SCRIPT', help='path of the script')
     add('args', nargs=argparse.REMAINDER, metavar='ARGS', help='its arguments')
     return parser
@@ -141,7 +141,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.command != 'run':
             functions[args.command](args)
         elif not Path(args.script).is_file():
-            raise FileNotFoundError(f"No script '{args.script}'; give the path of a Python file, timm's train.py say.")
+            raise FileNotFoundError(f"No script '{args.script}'; give a path, such as that of timm's train.py.")
     except (ImportError, OSError, RuntimeError, ValueError) as e:
         print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
         return 2

@@ -71,7 +71,7 @@ def _change_steps(steps: List[Callable], mode: str, size: Sequence[int], full_he
 
 
 class _EpochSeed:
-    """Seeds the process at the start of each epoch, and as first step of a transform the workers, which live on."""
+    """Seeds the process at the start of each epoch and, as the first step of the transform, each persistent worker."""
 
     def __init__(self, others: List[Callable[[int], None]]):
         self.others, self.seed, self.seeded = others, torch.initial_seed(), None
@@ -99,7 +99,7 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
     """`timm.data.create_loader` that knows more crop modes and makes random numbers a function of the epoch.
 
     At the start of each epoch the process and its workers are seeded with the seed it had and the epoch's number, so
-    that a resumed run draws what an uncut one would.
+    that a resumed run draws what an uninterrupted one would.
 
     Args:
         args, kwargs: timm's. `train_crop_mode` may also be 'pad4' (normalise, pad by 4 pixels of 0, crop at random,
@@ -107,8 +107,8 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
             `CyclicRoll`), or 'rrc+lighting' (timm's 'rrc', with `Lighting`).
 
     Raises:
-        ValueError: The mode goes with images that are normalised on the CPU, and whole batches; and 'rrc+lighting' with
-            three channels.
+        ValueError: One of these modes is asked for with the prefetcher, augmentation splits or `no_aug`, or
+            'rrc+lighting' with other than three channels.
     """
     bound = inspect.signature(_timm_create_loader).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -127,6 +127,7 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
         kwargs['train_crop_mode'] = None
         if mode != 'rrc+lighting':
             kwargs.update(scale=(1., 1.), ratio=(size[2] / size[1],) * 2)
+    kwargs['use_multi_epochs_loader'] = False  # it begins an epoch before that is seeded, and workers live on anyway
     loader = _timm_create_loader(**kwargs)
     if is_ours:
         choices = kwargs.get('input_size_choices')
@@ -138,6 +139,6 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
     images = dataset.dataset if isinstance(dataset, timm.data.AugMixDataset) else dataset
     images.transform = transforms.Compose([step for step in (seed, images.transform) if step])
     dataset.set_epoch = seed.set_epoch
-    # Starting workers, which a resumed run does and an uncut one need not, then draws no number of the process's.
+    # Starting workers, which a resumed run does again, then draws none of the process's random numbers.
     getattr(loader, 'loader', loader).generator = torch.Generator()
     return loader

@@ -1,7 +1,7 @@
 """From the name of a model and the paths of images to class names with probabilities."""
 import contextlib
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 from PIL import Image, ImageOps
@@ -42,13 +42,13 @@ def read_image(path: Union[str, Path]) -> Image.Image:
 
 
 @torch.inference_mode()
-def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: int = 5) -> List[List[Dict[str, Any]]]:
+def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: Optional[int] = None) -> List[List[Dict]]:
     """Classify images.
 
     Args:
         model: Model in eval mode, from timm.
         images: Images in mode RGB, of any sizes.
-        topk: Classes to return for each.
+        topk: Classes to return for each; None for 5, or all if there are fewer.
 
     Returns:
         For each image the index, label and probability of the likeliest classes, first the likeliest.
@@ -56,6 +56,7 @@ def predict(model: torch.nn.Module, images: Sequence[Image.Image], topk: int = 5
     Raises:
         ValueError: The model has no classifier, or `topk` is below 1 or above the number of classes.
     """
+    topk = min(5, model.num_classes) if topk is None else topk
     if not 1 <= topk <= model.num_classes:
         raise ValueError(f'topk must be from 1 to the number of classes, {model.num_classes}; got {topk}.')
     transform = create_transform(**resolve_model_data_config(model), is_training=False)

@@ -1,6 +1,6 @@
 """What a GUNN is made of, part by part: shapes, parameters, multiply-accumulates and depth.
 
-Depth is what the paper is about: a segment reads those before it, already updated, and so lies deeper than they do.
+Depth is what the paper is about: a segment reads the updated segments before it, and is therefore deeper than they are.
 """
 import copy
 from typing import List, NamedTuple, Optional, Sequence, Tuple

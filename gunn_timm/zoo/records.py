@@ -37,8 +37,7 @@ class WeightsRecord:
     Its YAML file has these keys, but for `name`, which is in the file's name.
     """
     name: str  # architecture and tag, 'gunn15.cifar10'
-    file: str  # the safetensors file beside the record, NAME.safetensors
-    sha256: str  # of the file, hexadecimal
+    sha256: str  # of the safetensors file beside the record, hexadecimal
     size: int  # of the file in bytes
     dtype: str  # that the floating-point tensors are stored in, 'float32', 'float16' or 'bfloat16'
     parameters: int
@@ -83,7 +82,7 @@ def _read_mapping(path: Path) -> Dict[Any, Any]:
     text = path.read_bytes()
     try:
         content = yaml.safe_load(text)
-    except Exception as e:  # PyYAML raises others than its own, for dates that do not exist say
+    except Exception as e:  # PyYAML raises others than its own, for example for dates that do not exist
         raise ValueError(f"'{path}' is not YAML that can be read ({' '.join(str(e).split())}).") from e
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' must have keys and values; it has {content!r:.40}.")

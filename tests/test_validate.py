@@ -169,7 +169,7 @@ def test_batch_size_backs_off(arguments, expected, capsys, monkeypatch):
 def test_comparison_with_the_record(trained, expected, arguments, capsys, monkeypatch):
     top1, top5 = expected
     record = WeightsRecord(
-        'gunn15.cifar10', '', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5), {}, '')
+        'gunn15.cifar10', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5), {}, '')
     monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained if pretrained else None)
     arguments[arguments.index('--checkpoint') + 1] = ''

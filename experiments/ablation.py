@@ -24,13 +24,14 @@ from gunn_timm.zoo.files import write_file
 from gunn_timm.zoo.records import model_infos
 
 NETWORKS = ('sunn15', 'gunn15_nores', 'gunn15')
-WHAT = {
-    'laptop': 'gunn15 and its baselines on CIFAR-10 for two CPU cores: 5 epochs of 7,680 images each, at 16x16 pixels',
-    'gpu': "gunn15 and its baselines on CIFAR-10 by the paper's recipe, 300 epochs",
-}
-RECIPES = {
-    'laptop': Path(__file__).parent / 'ablation_laptop.yaml',
-    'gpu': Path(__file__).parents[1] / 'recipes' / 'gunn15_cifar10_paper.yaml',
+# The recipe, the processes that its batch size is for, and what the results are called.
+BUDGETS = {
+    'laptop': (
+        Path(__file__).parent / 'ablation_laptop.yaml', 2,
+        'gunn15 and its baselines on CIFAR-10 for two CPU cores: 5 epochs of 7,680 images each, at 16x16 pixels'),
+    'gpu': (
+        Path(__file__).parents[1] / 'recipes' / 'gunn15_cifar10_paper.yaml', 1,
+        "gunn15 and its baselines on CIFAR-10 by the paper's recipe, 300 epochs"),
 }
 # The recipe of the paper names torchvision's dataset, which is downloaded; here the data are folders in both cases.
 FOLDERS = ('--dataset', '', '--train-split', 'train', '--val-split', 'test')
@@ -110,22 +111,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Exit code: 0, or 2 where the input is at fault or a training failed, after one line on stderr.
     """
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--budget', choices=RECIPES, required=True, help='laptop: two cores, minutes; gpu: the paper')
+    parser.add_argument('--budget', choices=BUDGETS, required=True, help='laptop: two cores, minutes; gpu: the paper')
     parser.add_argument('--train-script', type=Path, required=True, metavar='FILE', help="timm's train.py")
     parser.add_argument('--data-dir', type=Path, required=True, metavar='DIR', help='CIFAR-10 as folders')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], metavar='N', help='seeds (default: 0 1)')
     parser.add_argument('--processes', type=int, metavar='N', help='processes (default: laptop 2, gpu 1)')
     parser.add_argument('--out', type=Path, default=Path('output/ablation'), metavar='DIR', help='folder to write to')
     args = parser.parse_args(argv)
-    recipe, usual_processes = RECIPES[args.budget], {'laptop': 2, 'gpu': 1}[args.budget]
-    args.processes = args.processes or usual_processes
+    recipe, processes, what = BUDGETS[args.budget]
+    args.processes = processes if args.processes is None else args.processes
     try:
         for path in (args.train_script, args.data_dir / 'train', args.data_dir / 'test'):
             if not path.exists():
                 raise FileNotFoundError(f"There is no '{path}'.")
         results = dict(
             budget=args.budget,
-            what=WHAT[args.budget],
+            what=what,
             runs=[dict(network=network, seed=seed, curve=_train(network, seed, recipe, args))
                   # All networks of a seed before the next seed, so that a cut experiment has whole comparisons.
                   for seed in args.seeds for network in NETWORKS])

@@ -188,13 +188,13 @@ def gradual_update(
     state, shared = x.clone(memory_format=torch.channels_last), _Shared()
     for first in range(0, len(functions), block_size):
         units = range(first, min(first + block_size, len(functions)))
-        read, bias = ([tensor for index in units for tensor in tensors[index]] for tensors in (weights, biases))
+        weight, bias = ([tensor for index in units for tensor in tensors[index]] for tensors in (weights, biases))
         stops = list(accumulate((sum(map(len, weights[index])) for index in units), initial=0))
         block = _Block(size * first, size * units.stop, x.shape[1], [slice(*ends) for ends in zip(stops, stops[1:])])
-        parts = _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *read)
+        parts = _ReadOthers.apply(state, shared, block, torch.cat(bias) if bias else None, *weight)
         for index, rows, part in zip(units, block.rows, parts):
-            read = _ReadOwn.apply(state, shared, block, rows, weights[index], part)
-            out = functions[index](*read)
+            reads = _ReadOwn.apply(state, shared, block, rows, weights[index], part)
+            out = functions[index](*reads)
             segment, is_last = slice(size * index, size * (index + 1)), index == len(functions) - 1
-            state = _Update.apply(state, out, read[0], shared, segment, residual, x if is_last else None)
+            state = _Update.apply(state, out, reads[0], shared, segment, residual, x if is_last else None)
     return state

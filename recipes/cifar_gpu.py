@@ -194,15 +194,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         config = resolve_model_data_config(model)
         mean, std = (torch.tensor(config[key], device=args.device) for key in ('mean', 'std'))
         data = {key: tensor.to(args.device) for key, tensor in _load_images(args).items()}
-        if data['train_targets'].max() + 1 != model.num_classes:
-            raise ValueError(
-                f"{args.model} has {model.num_classes} classes, the data {data['train_targets'].max() + 1}.")
-        if not 1 <= args.batch_size <= len(data['train_targets']):
-            raise ValueError(f"--batch-size is from 1 to {len(data['train_targets'])}; got {args.batch_size}.")
+        targets = data['train_targets']
+        num_classes = int(targets.max()) + 1
+        if num_classes != model.num_classes:
+            raise ValueError(f'{args.model} has {model.num_classes} classes, the data {num_classes}.')
+        if not 1 <= args.batch_size <= len(targets):
+            raise ValueError(f'--batch-size is from 1 to {len(targets)}; got {args.batch_size}.')
         train, test = (
             torch.cat([((part / 255 - mean) / std).to(getattr(torch, args.amp)) for part in data[key].split(5000)])
             for key in ('train_images', 'test_images'))
-        trainer = _Trainer(args, F.pad(train, (0, 0, 4, 4, 4, 4)), data['train_targets'])
+        trainer = _Trainer(args, F.pad(train, (0, 0, 4, 4, 4, 4)), targets)
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

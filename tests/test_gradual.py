@@ -174,6 +174,10 @@ def test_shared_weights_two_calls_in_one_loss_and_backward_twice():
 class Scaled(nn.Module):
     """An activation that a tensor from outside conditions, and that keeps a loss and its input."""
 
+    def __init__(self, gamma=None):
+        super().__init__()
+        self.gamma = torch.ones(3, 8, dtype=torch.double) if gamma is None else gamma
+
     def forward(self, x):
         self.kept = x
         self.penalty = x.abs().mean()
@@ -188,8 +192,7 @@ def test_tensors_that_enter_and_leave_beside_the_input(variant, grad_checkpointi
         layer.grad_checkpointing = grad_checkpointing
         gamma = torch.full((3, 8), 0.5, dtype=torch.double, requires_grad=True)
         for unit in layer.units:
-            unit.blocks[0].conv2.act = Scaled()
-            unit.blocks[0].conv2.act.gamma = gamma * 2
+            unit.blocks[0].conv2.act = Scaled(gamma * 2)
         loss = layer(make_input()).square().sum()
         activations = [unit.blocks[0].conv2.act for unit in layer.units]
         (loss + sum(act.penalty for act in activations)).backward()
@@ -204,7 +207,6 @@ def test_a_loss_inside_of_a_unit_alone_is_refused(before):
     """Whether backward was at the layer's output never, as a whole, or in part."""
     layer, _ = twins('cifar')
     act = layer.units[1].blocks[0].conv2.act = Scaled()
-    act.gamma = torch.ones(3, 8, dtype=torch.double)
     before(layer(make_input()).square().sum(), layer)
     with pytest.raises(RuntimeError, match=r"from a layer's output.*set_backend\(model, 'plain'\)"):
         act.penalty.backward()
@@ -215,7 +217,6 @@ def test_a_unit_that_cuts_the_graph_behind_a_loss():
     gradual, plain = twins('cifar')
     for layer in (gradual, plain):
         act = layer.units[0].blocks[0].conv2.act = Scaled()
-        act.gamma = torch.ones(3, 8, dtype=torch.double)
         layer.units[0].drop_path.forward = lambda out: out.detach()
         loss = layer(make_input().detach()).square().sum()
         (loss + act.penalty).backward()

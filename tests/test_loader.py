@@ -133,7 +133,7 @@ def test_epochs_are_what_they_are_wherever_one_starts(folder, kwargs):
 
     def start(seed):
         torch.manual_seed(seed)
-        return loader_of(folder, **{'mode': 'pad4', **kwargs})
+        return loader_of(folder, 'pad4', **kwargs)
 
     loader = start(7)
     assert loader.persistent_workers is bool(kwargs['num_workers'])

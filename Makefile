@@ -31,7 +31,7 @@ bench: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/run.py
 
-docs: $(VENV)/installed-docs
+docs: $(VENV)/installed-bench
 	$(BIN)/python docs/draw.py
 	$(BIN)/python docs/results.py
 
@@ -49,10 +49,6 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
-	touch $@
-
-$(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]'
 	touch $@
 
 $(TIMM_SOURCE): $(VENV)/installed-test

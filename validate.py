@@ -117,7 +117,7 @@ def _check_classes(names: Sequence[str], labels: Sequence[str], model: torch.nn.
 
 def _create_dataset(args: argparse.Namespace, model: torch.nn.Module) -> Any:
     root = Path(args.data_dir)
-    if not root.exists():
+    if not root.exists() and not args.dataset_download:
         raise FileNotFoundError(f"No data at '{root}'.")
     # timm would go on with every image in the folder or file, whatever its split.
     if not args.dataset and root.is_dir() and search_split(str(root), args.split) == str(root):
@@ -200,8 +200,7 @@ def _accuracy(scores: torch.Tensor, targets: torch.Tensor, prefix: str = '') -> 
 
 def _published_record(args: argparse.Namespace, model: torch.nn.Module) -> Optional[WeightsRecord]:
     """Find the record that the result can be compared with: of these weights, measured in their own way."""
-    is_published = not args.checkpoint and not args.ensemble and args.num_classes is None
-    if not is_published or args.img_size or args.crop_pct or args.interpolation:
+    if args.checkpoint or args.ensemble or args.img_size or args.crop_pct or args.interpolation:
         return None
     cfg = model.pretrained_cfg
     return weights_records().get(f"{cfg.get('architecture')}.{cfg.get('tag')}")
@@ -229,6 +228,8 @@ def validate(
     checkpoints = args.ensemble or ([args.checkpoint] if args.checkpoint else [])
     if args.ensemble and (args.checkpoint or args.logits_file):
         raise ValueError('--ensemble goes without --checkpoint and --logits-file.')
+    if args.num_classes is not None and not checkpoints:
+        raise ValueError('--num-classes needs --checkpoint or --ensemble: published weights have classes of their own.')
     kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
     model = timm.create_model(args.model, pretrained=not checkpoints, **kwargs).eval()
     record = _published_record(args, model)
@@ -300,17 +301,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             write_file(args.results_file, _format_results(args.results_format, rows).encode())
         if args.logits_file:
             write_file(args.logits_file, safetensors.torch.save(outputs))
-    except (OSError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:  # timm and torch assert
         # What a loader's worker raises comes with its traceback, and the message last, after the kind of error.
         message = str(e).strip().split('\n')[-1].split(': ', 1)[-1] if 'Original Traceback' in str(e) else str(e)
         print(f'error: {" ".join(message.split())}', file=sys.stderr)
         return 2
     if record is None:
         return 0
-    off = rows[0]['top1'] - record.metrics['top1']
-    agrees = abs(off) <= args.tolerance
-    print(f"record of {record.name}: top-1 {record.metrics['top1']}, top-5 {record.metrics['top5']}; top-1 here is "
-          f"{off:+.4f} points off: {'agrees' if agrees else 'DOES NOT AGREE'} within {args.tolerance}")
+    here, theirs = rows[0], record.metrics
+    off = here['top1'] - theirs['top1']
+    agrees = abs(off) <= args.tolerance and here['images'] == theirs['images']
+    # Not on stdout, where timm's bulk_runner.py reads nothing but JSON behind --result.
+    print(f"record of {record.name}: top-1 {theirs['top1']}, top-5 {theirs['top5']} of {theirs['images']} images; "
+          f"top-1 here, of {here['images']}, is {off:+.4f} points off: {'agrees' if agrees else 'DOES NOT AGREE'} "
+          f'within {args.tolerance}', file=sys.stderr)
     return 1 if args.check and not agrees else 0
 
 

@@ -354,6 +354,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--out', type=Path, default=Path('output/bench'), metavar='DIR', help='folder to write to')
     args = parser.parse_args(argv)
     device = args.device or args.suite
+    if args.rounds is not None and args.rounds < 1:
+        print(f'error: --rounds must be at least 1; got {args.rounds}', file=sys.stderr)
+        return 2
     if device == 'cuda' and not torch.cuda.is_available():
         print('error: --suite cuda needs a CUDA device; --device cpu tries the script without one', file=sys.stderr)
         return 2
@@ -386,7 +389,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    if args.suite == 'cpu' and not args.only:
+    if args.suite == device == 'cpu' and not args.only:
         print('profiling', file=sys.stderr)
         results['profiles'] = _profiles(args.tiny)
         text.append(_profile_table(results['profiles']))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How much the frozen embeddings of the pretrained gunn15 know of new classes: a linear probe and nearest neighbours.
+"""Evaluate the frozen embeddings of the pretrained gunn15 on new classes: a linear probe and nearest neighbours.
 
     pip install -e '.[examples]'
     python examples/probe.py --data-dir DIR

@@ -49,7 +49,7 @@ def _read_curve(path: Path) -> List[Dict[str, float]]:
 def _train(network: str, seed: int, recipe: Path, args: argparse.Namespace) -> List[Dict[str, float]]:
     """Train one network, unless that was done, and return a row an epoch."""
     epochs = yaml.safe_load(recipe.read_text())['epochs']
-    name = f'{network}-{seed}'
+    name = f'{args.budget}-{network}-{seed}'
     folder = args.out / 'runs' / name
     curve = _read_curve(folder / 'summary.csv')
     if len(curve) < epochs:

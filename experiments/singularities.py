@@ -24,9 +24,8 @@ import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from conversion import read_images
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
 import gunn_timm  # noqa: F401
 from gunn_timm.layers import GunnLayer
@@ -204,19 +203,6 @@ def _alikeness_of(checkpoint: str, images: torch.Tensor) -> List[Dict[str, float
     return [alikeness(features) for features in maps]
 
 
-def _batches(data_dir: Path, steps: int, batch_size: int, size: int) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    if not (data_dir / 'train').is_dir():
-        raise FileNotFoundError(f"There is no '{data_dir}/train'.")
-    dataset = create_dataset('', data_dir, split='train')
-    if len(dataset) < steps * batch_size:
-        raise ValueError(f"'{data_dir}/train' has {len(dataset)} images; needed are {steps * batch_size}.")
-    config = resolve_model_data_config(timm.create_model('gunn15'))
-    dataset.transform = create_transform(**{**config, 'input_size': (3, size, size)})
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:steps * batch_size]
-    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size)
-    return [(images.double(), targets) for images, targets in loader]
-
-
 def plot(results: Dict[str, Any], folder: Path) -> None:
     """Draw how what overlapped at the start parts, and how much alike trained channels are.
 
@@ -267,7 +253,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--out', type=Path, default=Path('output/singularities'), metavar='DIR')
     args = parser.parse_args(argv)
     try:
-        batches = _batches(args.data_dir, args.steps, args.batch_size, args.img_size)
+        images, targets = read_images(args.data_dir, 'train', args.steps * args.batch_size, args.img_size)
+        batches = list(zip(images.double().contiguous().split(args.batch_size), targets.split(args.batch_size)))
         trained = {checkpoint: _alikeness_of(checkpoint, torch.cat([images for images, _ in batches[:8]]))
                    for checkpoint in args.checkpoints}
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What PyTorch has no public name for: whether a tensor or module is just what it seems to be.
+"""Checks for hooks, subclasses, tracing and function transforms, for which PyTorch has no public names.
 
 Algorithm 1 computes a unit's first convolutions itself, so it must know of whatever else would see or change them.
 Where PyTorch lacks a name, the answer is the one that makes layers run by concatenation, which is always right; for the

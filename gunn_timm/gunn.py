@@ -16,7 +16,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, create_classifier, get_device_dtype
 from timm.models import (
     FeatureListNet,
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     named_apply,
@@ -95,7 +94,7 @@ class Gunn(nn.Module):
         output_stride: Largest stride; later transitions keep the size and the units are dilated instead. None for the
             layout's own, 32 ('imagenet') or 4 ('cifar').
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, rising linearly over the units.
+        drop_path_rate: Stochastic depth, rising linearly over the units; none without `residual`.
         act_layer: Activation.
         norm_layer: Normalisation.
 
@@ -191,7 +190,7 @@ class Gunn(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute what comes behind the first convolutions of each unit in backward instead of keeping it.
+        """Recompute each update unit, but for its first convolutions, in backward (activation checkpointing).
 
         BatchNorm statistics are updated once a step. A layer that runs by concatenation keeps its activations, unless
         it is compiled.
@@ -390,8 +389,10 @@ _WIDE_GUNN18 = dict(layout='imagenet', channels=(1200, 1600, 2000, 2000), segmen
 
 def _create_gunn(variant: str, pretrained: bool = False, **kwargs: Any) -> Gunn:
     if pretrained:
-        given, overlay = kwargs.get('pretrained_cfg'), kwargs.pop('pretrained_cfg_overlay', None)
-        cfg = resolve_pretrained_cfg(variant, given.to_dict() if isinstance(given, PretrainedCfg) else given, overlay)
+        overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+        if overlay.get('hf_hub_id') or overlay.get('url'):
+            overlay = {'file': None, **overlay}  # timm takes a file before them, and the default cfg may have one
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         if not cfg.has_weights and not cfg.state_dict:
             raise RuntimeError(
                 f"No pretrained weights exist for {'.'.join(filter(None, (variant, cfg.tag)))}. Weights exist for: "

@@ -108,7 +108,7 @@ class GunnConv(nn.Module):
         """
         conv, norm = self.conv, self.bn
         if (
-                not isinstance(norm, BATCH_NORMS) or norm.running_mean is None
+                type(norm) not in BATCH_NORMS or norm.running_mean is None
                 or not _torch.runs_forward_only(conv, nn.Conv2d) or not _torch.runs_forward_only(norm, type(norm))
         ):
             return
@@ -154,7 +154,7 @@ class GunnBottleneck(nn.Module):
 
 
 class UpdateUnit(nn.Module):
-    """What one segment's channels are computed with, from all channels of the layer (paper section 5.1).
+    """Compute one segment's channels from all channels of the layer (paper section 5.1).
 
     Args:
         in_chs: Channels of the layer, N of the paper.
@@ -247,7 +247,7 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', lambda: True)
 
 @contextlib.contextmanager
 def _buffers_kept(unit: nn.Module) -> Iterator[None]:
-    """Give BatchNorm's statistics the values back they have now.
+    """Restore BatchNorm's statistics on exit.
 
     Those of modules in eval mode are not written at all: graphs of other threads may check their versions.
     """
@@ -284,7 +284,7 @@ class GunnLayer(nn.Module):
         residual: Add a unit's output to its segment's old value instead of replacing it.
         ordered: With False every unit reads the layer's input: the unordered baseline, SUNN, of the paper.
         dilation: Dilation of the 3x3 convolutions.
-        drop_path: Stochastic depth rate, one for all units or one a unit.
+        drop_path: Stochastic depth rate, one for all units or one a unit; none without `residual`.
         act_layer: Activation.
         norm_layer: Normalisation.
 
@@ -447,7 +447,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
 
 
 def compile_units(model: nn.Module, **kwargs: Any) -> None:
-    """Compile what comes behind the first convolutions in a model's update units, in place: regional compilation.
+    """Compile a model's update units, but for their first convolutions, in place: regional compilation.
 
     This takes seconds where compiling the whole takes minutes, and leaves Algorithm 1 around the units. Units of one
     shape share what is compiled. PyTorch's limit of recompilations, which counts all shapes together, is raised.

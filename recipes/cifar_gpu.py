@@ -8,12 +8,13 @@ images normalised, padded by 4, cropped and flipped. What fills no batch at the 
 that was cut goes on from its checkpoint. The test split is looked at once, with the weights of the last epoch.
 """
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import safetensors
@@ -21,6 +22,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset, resolve_model_data_config
 
 import gunn_timm  # noqa: F401
@@ -59,6 +61,12 @@ def _write(path: Path, tensors: Dict[str, torch.Tensor], metadata: Dict[str, str
     write_file(path, safetensors.torch.save({k: tensor.contiguous() for k, tensor in tensors.items()}, metadata))
 
 
+def _read_image(dataset: Any, index: int) -> Tuple[np.ndarray, int]:
+    # timm's dataset takes the next image for one that cannot be read; its reader does not.
+    image, target = getattr(dataset, 'reader', dataset)[index]
+    return np.asarray((image if isinstance(image, Image.Image) else Image.open(image)).convert('RGB')), target
+
+
 def _load_images(args: argparse.Namespace) -> Dict[str, torch.Tensor]:
     """Read images, uint8 of shape (N, H, W, 3), and targets of both splits."""
     cache = args.cache or args.data_dir / f"images{args.dataset.replace('/', '-')}.safetensors"
@@ -68,11 +76,15 @@ def _load_images(args: argparse.Namespace) -> Dict[str, torch.Tensor]:
             if not args.dataset and not (args.data_dir / split).is_dir():
                 raise FileNotFoundError(f"There is no '{args.data_dir / split}'.")
             dataset = create_dataset(args.dataset, args.data_dir, split=split, download=bool(args.dataset))
-            images, targets = zip(*(dataset[i] for i in range(len(dataset))))
-            tensors[f'{split}_images'] = torch.from_numpy(np.stack([np.asarray(i.convert('RGB')) for i in images]))
-            tensors[f'{split}_targets'] = torch.tensor(targets)
+            images, targets = zip(*(_read_image(dataset, index) for index in range(len(dataset))))
+            tensors[f'{split}_images'], tensors[f'{split}_targets'] = (
+                torch.from_numpy(np.stack(part)) for part in (images, targets))
         _write(cache, tensors, {})
-    return safetensors.torch.load_file(cache)
+    with contextlib.suppress(safetensors.SafetensorError):
+        tensors = safetensors.torch.load_file(cache)
+        if set(tensors) == {'train_images', 'train_targets', 'test_images', 'test_targets'}:
+            return tensors
+    raise ValueError(f"'{cache}' does not have the images of both splits; remove it, or give another by --cache.")
 
 
 def _augment(padded: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -204,7 +216,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             torch.cat([((part / 255 - mean) / std).to(getattr(torch, args.amp)) for part in data[key].split(5000)])
             for key in ('train_images', 'test_images'))
         trainer = _Trainer(args, F.pad(train, (0, 0, 4, 4, 4, 4)), targets)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:  # timm and torch assert
         print(f'error: {e}', file=sys.stderr)
         return 2
     result = dict(model=args.model, epochs=args.epochs, epoch=trainer.epoch)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Take a trained network's BatchNorm statistics anew, from training images as they are when the network is used.
+"""Compute a trained network's BatchNorm statistics anew from training images without augmentation (precise BatchNorm).
 
     python recipes/update_bn.py --model gunn15 --checkpoint CHECKPOINT --data-dir DIR --out FILE
 
@@ -49,10 +49,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not args.out.parent.is_dir():
             raise FileNotFoundError(f"There is no folder '{args.out.parent}'.")
         dataset = create_dataset(args.dataset, args.data_dir, split='train')
-        if not 1 < args.batch_size <= args.images <= len(dataset):
+        # Every batch counts as much as every other, so all must be whole.
+        if not 1 < args.batch_size <= args.images <= len(dataset) or args.images % args.batch_size:
             raise ValueError(
                 f"'{args.data_dir}/train' has {len(dataset)} images: --images takes up to that many, --batch-size 2 "
-                f'to --images; got {args.images} and {args.batch_size}.')
+                f'to --images, of which it must be a divisor; got {args.images} and {args.batch_size}.')
         model = timm.create_model(args.model)
         load_checkpoint(model, args.checkpoint)
     except (OSError, RuntimeError, ValueError) as e:
@@ -60,8 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     dataset.transform = create_transform(**resolve_model_data_config(model))
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))[:args.images]
-    # Every batch counts as much as every other, so all must be whole.
-    loader = DataLoader(Subset(dataset, chosen.tolist()), args.batch_size, drop_last=True)
+    loader = DataLoader(Subset(dataset, chosen.tolist()), args.batch_size)
     update_bn(loader, model.to(memory_format=torch.channels_last))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_file(args.out, safetensors.torch.save(tensors, metadata={'format': 'pt'}))

@@ -43,7 +43,7 @@ def test_what_is_named_exists(page):
         assert path.exists(), target
         headings = re.findall(r'^#+ (.+)$', path.read_text(), re.MULTILINE) if anchor else ()
         assert anchor in ['', *(re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings)], anchor
-    commands, makefile = '\n'.join(blocks(page, 'bash')), read('Makefile')
+    commands, makefile = '\n'.join(blocks(page, 'bash')).replace('\\\n', ''), read('Makefile')
     for target in re.findall(r'^make (\S+)', commands, re.MULTILINE):
         assert re.search(rf'^{target}:', makefile, re.MULTILINE)
     for file in re.findall(r'(?:recipes|assets|examples|experiments|benchmarks)/\S+', commands):

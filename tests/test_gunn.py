@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_same_gradients, create_tiny, images, relative
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from timm.models import group_parameters
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -172,6 +172,12 @@ def test_reparameterized_model_is_the_same(tiny_name, frozen):
     assert torch.equal(timm.utils.reparameterize_model(fused)(x), fused(x))
     # timm's scripts fold before they call eval().
     assert torch.equal(timm.utils.reparameterize_model(model.train()).eval()(x), fused(x))
+
+
+def test_norms_of_another_class_are_not_fused():
+    model = create_tiny('gunn15', norm_layer=BatchNormAct2d).double().eval()
+    x = images(model).double()
+    assert relative(timm.utils.reparameterize_model(model)(x), model(x)) <= EXACT
 
 
 @pytest.mark.parametrize('backend', ['auto', 'plain'])

@@ -186,8 +186,8 @@ def test_recorded_hash_goes_before_the_repositorys_own(recorded, published, tmp_
     # The revision that the record names, as a tag's default cfg has it, is as it was.
     source = records.pretrained_source(NAME)
     assert source == {'hf_hub_id': '{repo_id}@{revision}'.format(**recorded.hub)}
-    overlay = dict(file=None, **source)
-    timm.create_model('gunn15', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(tmp_path))
+    timm.create_model('gunn15', pretrained=True, pretrained_cfg_overlay=source, cache_dir=str(tmp_path))
+    assert weights_in(tmp_path)  # not the file that ships
     # Another branch is another publication, and goes by its own hash.
     timm.create_model(f'hf-hub:{REPO}@other', pretrained=True, cache_dir=str(tmp_path))
 
@@ -204,6 +204,13 @@ def test_a_repository_cannot_talk_itself_out_of_the_record(recorded, published, 
     repo.commit('main', {**files, 'config.json': json.dumps(config).encode()})
     with pytest.raises(ValueError, match=SHA256):
         load(tmp_path)
+
+
+def test_weights_are_not_loaded_unchecked_where_the_hub_fails(published, tmp_path):
+    published.refuse = '/config.json'
+    source = dict(hf_hub_id=REPO)
+    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError):
+        timm.create_model('gunn15', pretrained=True, pretrained_cfg_overlay=source, cache_dir=str(tmp_path))
 
 
 def test_repositories_of_users_load_as_timm_loads_them(hub, token, tmp_path):

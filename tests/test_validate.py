@@ -169,16 +169,20 @@ def test_batch_size_backs_off(arguments, expected, capsys, monkeypatch):
 def test_comparison_with_the_record(trained, expected, arguments, capsys, monkeypatch):
     top1, top5 = expected
     record = WeightsRecord(
-        'gunn15.cifar10', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5), {}, '')
+        'gunn15.cifar10', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5, images=COUNT), {}, '')
     monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained if pretrained else None)
     arguments[arguments.index('--checkpoint') + 1] = ''
     assert validate.main([*arguments, '--check']) == 0
-    assert f'record of gunn15.cifar10: top-1 {top1}, top-5 {top5}' in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert json.loads(out.split('--result')[-1])['top1'] == top1  # as timm's bulk_runner.py reads it
+    assert f'record of gunn15.cifar10: top-1 {top1}, top-5 {top5}' in err
     record.metrics['top1'] = top1 + 0.02
     assert validate.main([*arguments, '--check']) == 1
-    assert '-0.0200 points off: DOES NOT AGREE within 0.01' in capsys.readouterr().out
+    assert '-0.0200 points off: DOES NOT AGREE within 0.01' in capsys.readouterr().err
     assert validate.main(arguments) == validate.main([*arguments, '--check', '--tolerance', '0.1']) == 0
+    record.metrics['images'] += 1
+    assert validate.main([*arguments, '--check', '--tolerance', '0.1']) == 1
     # Measured in another way there is nothing to compare with.
     assert validate.main([*arguments, '--crop-pct', '0.9', '--check']) == 2
 
@@ -187,6 +191,8 @@ def test_comparison_with_the_record(trained, expected, arguments, capsys, monkey
     (['--split', 'train'], "has no folder for the split 'train'; folders there: test."),
     (['--data-dir', 'missing'], "No data at 'missing'."),
     (['--num-classes', '3'], "'fc.weight' has shape (10, 360) there and (3, 360) here"),
+    (['--checkpoint', '', '--num-classes', '3'], '--num-classes needs --checkpoint or --ensemble'),
+    (['--dataset', 'torch/cifar'], 'Unknown torchvision dataset'),
     (['--model', 'gunn16'], 'Unknown model (gunn16)'),
     (['--checkpoint', 'missing.pth'], "No checkpoint 'missing.pth'."),
     (['--check'], '--check needs published weights'),

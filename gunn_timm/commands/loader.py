@@ -20,39 +20,25 @@ _CROP_MODES = ('pad4', 'pad4+roll', 'rrc+lighting')
 
 
 class CyclicRoll:
-    """Roll an image along one axis by a random distance, as `Jigsaw` of the authors' code; not in the paper.
-
-    Args:
-        p: Probability of rolling at all.
-    """
-
-    def __init__(self, p: float = 2 / 3):
-        self.p = p
+    """Roll an image along one axis by a random distance, as `Jigsaw` of the authors' code; not in the paper."""
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Map (C, H, W) to (C, H, W)."""
-        if torch.rand(()) >= self.p:
+        if torch.rand(()) >= 2 / 3:
             return image
         dim = int(torch.randint(1, 3, ()))
         return image.roll(int(torch.randint(image.shape[dim], ())), dim)
 
 
 class Lighting:
-    """Add noise along the principal components of ImageNet's colours, before normalisation (Krizhevsky et al. 2012).
-
-    Args:
-        std: Standard deviation of the three components' weights.
-    """
+    """Add noise along the principal components of ImageNet's colours, before normalisation (Krizhevsky et al. 2012)."""
     eigenvalues = torch.tensor([0.2175, 0.0188, 0.0045])
     eigenvectors = torch.tensor([
         [-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
-    def __init__(self, std: float = 0.1):
-        self.std = std
-
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Map (3, H, W) to (3, H, W)."""
-        weights = torch.randn(3) * self.std * self.eigenvalues
+        weights = torch.randn(3) * 0.1 * self.eigenvalues
         return image + (self.eigenvectors @ weights).view(3, 1, 1)
 
 

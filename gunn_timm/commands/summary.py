@@ -44,7 +44,7 @@ def _depths(part: nn.Module, depth: int) -> Tuple[int, ...]:
 
 @torch.no_grad()
 def summarize(model: Gunn, image_size: Optional[Sequence[int]] = None) -> List[SummaryRow]:
-    """Take a Gunn apart: image, stem, stages and head (last convolution, pooling, classifier), a row each.
+    """Summarise a Gunn: image, stem, stages and head (last convolution, pooling, classifier), a row each.
 
     Nothing is computed: shapes and multiply-accumulates are those of tensors without values.
 

@@ -1,4 +1,5 @@
 """Files of weights: the checks that they must pass before they are loaded, and loading and writing them."""
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -8,7 +9,7 @@ from typing import Dict, Optional, Tuple, Union
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg, load_state_dict
 
 from .records import weights_records
@@ -33,11 +34,12 @@ def verify(path: Union[str, Path], sha256: str, downloaded: bool = False) -> Non
         return
     if downloaded:
         # The hub's cache has the content in one place and a link to it in another.
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a cache that is not the user's
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     raise ValueError(
         f"'{path}' is not the published file: its SHA-256 is {found}, expected {sha256}. "
-        + ('It was removed; try again.' if downloaded else 'Get it again where it came from.'))
+        + ('Get it again where it came from.' if path.exists() else 'It was removed; try again.'))
 
 
 def _sha256_in_config(path: Union[str, Path]) -> Optional[str]:
@@ -68,6 +70,8 @@ def _published_file(cfg: PretrainedCfg, cache_dir: Optional[str]) -> Optional[Tu
             return Path(hf_hub_download(repo_id, HUB_FILE, **kwargs)), recorded[0].sha256, True
         try:
             sha256 = _sha256_in_config(hf_hub_download(repo_id, 'config.json', **kwargs))
+        except LocalEntryNotFoundError:  # the hub was not reached, so whether there is a hash is not known
+            raise
         except EntryNotFoundError:
             return None
         # By its one name, whatever the cfg says: another may be a pickle.

@@ -2,7 +2,7 @@
 
 `weights/models.yaml` has a line a tag; `weights/NAME.TAG.yaml` is the record of a weight that exists. They lie beside
 the package in a checkout and inside it once it is installed. The model cards, the README's table and the command line
-read them here. Importing the package reads none.
+read them here. Importing the package reads none, unless a record's weights are on the hub only.
 """
 import dataclasses
 from functools import lru_cache

@@ -162,6 +162,7 @@ def peak_memory(workload: Workload) -> int:
     A step runs first, so that optimiser state is not counted. Gradients are, which every step makes anew.
     """
     workload.step()
+    workload.model.zero_grad()
     if workload.device == 'cuda':
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

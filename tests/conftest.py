@@ -3,10 +3,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterable, Sequence
 
+import numpy as np
 import pytest
 from loopback_hub import LoopbackHub
+from PIL import Image
 
 # The client reads these when it is imported. No test may reach the real hub, or anybody's cache or token.
 _HUB = LoopbackHub()
@@ -60,6 +62,14 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
 def create_tiny(name: str, **kwargs: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     return randomize(timm.create_model(name, **{**TINY[name], 'num_classes': 7, **kwargs}))
+
+
+def save_images(folder: Path, pixels: Iterable[np.ndarray], classes: Sequence[str] = 'ab') -> None:
+    """Save images (H, W, 3) of uint8 as folder/CLASS/INDEX.png, of each class in turn."""
+    for i, image in enumerate(pixels):
+        path = folder / classes[i % len(classes)] / f'{i:02}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
 
 
 def images(model: torch.nn.Module, batch: int = 2, size: Any = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import timm.data
 import torch
 import torch.distributed as dist
+from conftest import save_images
 from PIL import Image
 from torchvision import transforms
 
@@ -18,12 +19,9 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of images, each image of one colour but for one bright pixel."""
-    for i in range(16):
-        pixels = np.full((32, 32, 3), 10 * i, np.uint8)
-        pixels[5, 7] = 255
-        path = tmp_path / 'train' / 'ab'[i % 2]
-        path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path / f'{i}.png')
+    pixels = np.full((16, 32, 32, 3), 10 * np.arange(16, dtype=np.uint8).reshape(-1, 1, 1, 1))
+    pixels[:, 5, 7] = 255
+    save_images(tmp_path / 'train', pixels)
     return tmp_path
 
 

@@ -12,8 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY, timm_checkout
-from PIL import Image
+from conftest import ROOT, TINY, save_images, timm_checkout
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
@@ -127,10 +126,7 @@ def train(tmp_path, monkeypatch):
     """cifar_gpu.py with a network of a few channels, on 22 images of two classes, five batches of 4."""
     generator = np.random.default_rng(0)
     for split, count in (('train', 22), ('test', 8)):
-        for i in range(count):
-            path = tmp_path / 'data' / split / 'ab'[i % 2] / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+        save_images(tmp_path / 'data' / split, generator.integers(256, size=(count, 16, 16, 3), dtype=np.uint8))
     create = functools.partial(timm.create_model, num_classes=2, **TINY['gunn15'])
     monkeypatch.setattr(cifar_gpu.timm, 'create_model', create)
 

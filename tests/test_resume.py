@@ -2,8 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, timm_checkout
-from PIL import Image
+from conftest import ROOT, save_images, timm_checkout
 
 ARGS = (
     '--model gunn15 --batch-size 8 --epochs 3 --lr 0.05 --seed 3 --workers 1 --drop 0.2 --drop-path 0.2 --mixup 0.4 '
@@ -15,10 +14,7 @@ ARGS = (
 @pytest.fixture
 def data(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        path = tmp_path / 'data' / 'train' / 'ab'[i % 2]
-        path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path / f'{i}.png')
+    save_images(tmp_path / 'data' / 'train', pixels)
     return tmp_path / 'data'
 
 

@@ -6,18 +6,14 @@ import sys
 import numpy as np
 import timm
 import torch
-from conftest import ROOT, TINY
-from PIL import Image
+from conftest import ROOT, TINY, save_images
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import singularities  # noqa: E402
 
 
 def test_command(tmp_path, monkeypatch):
-    for i in range(12):
-        path = tmp_path / 'train' / 'ab'[i % 2] / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    save_images(tmp_path / 'train', np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8))
     create = functools.partial(timm.create_model, **TINY['gunn15'])
     monkeypatch.setattr(singularities.timm, 'create_model', create)
     torch.save(create('gunn15', num_classes=10).state_dict(), tmp_path / 'gunn15.pth')

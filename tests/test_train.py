@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import timm_checkout
-from PIL import Image
+from conftest import save_images, timm_checkout
 
 pytestmark = timm_checkout
 
@@ -20,11 +19,9 @@ TRAINING = '--opt nesterov --lr 0.05 --warmup-epochs 0 --seed 3 --train-split tr
 def data(tmp_path):
     generator = np.random.default_rng(0)
     for split in ('train', 'val'):
-        for i in range(32):
-            path = tmp_path / 'data' / split / ('dark', 'light')[i % 2] / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = generator.integers(0, 128, (16, 16, 3), dtype=np.uint8) + 127 * (i % 2)
-            Image.fromarray(pixels.astype(np.uint8)).save(path)
+        pixels = generator.integers(0, 128, (32, 16, 16, 3), dtype=np.uint8)
+        pixels[1::2] += 127
+        save_images(tmp_path / 'data' / split, pixels, ('dark', 'light'))
     return tmp_path / 'data'
 
 

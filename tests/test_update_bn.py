@@ -6,8 +6,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT, TINY, create_tiny
-from PIL import Image
+from conftest import ROOT, TINY, create_tiny, save_images
 
 sys.path.insert(0, str(ROOT / 'recipes'))
 import update_bn  # noqa: E402
@@ -15,10 +14,7 @@ import update_bn  # noqa: E402
 
 def test_statistics_are_new_and_weights_old(tmp_path, monkeypatch, capsys):
     """Of eight images of one colour each."""
-    for i in range(8):
-        path = tmp_path / 'train' / 'ab'[i % 2] / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((32, 32, 3), 30 * i, dtype=np.uint8)).save(path)
+    save_images(tmp_path / 'train', [np.full((32, 32, 3), 30 * i, dtype=np.uint8) for i in range(8)])
     safetensors.torch.save_file(create_tiny('gunn15').state_dict(), tmp_path / 'in.safetensors')
     create = functools.partial(timm.create_model, num_classes=7, **TINY['gunn15'])
     monkeypatch.setattr(update_bn.timm, 'create_model', create)

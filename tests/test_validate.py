@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_images
 from PIL import Image
 from timm.utils import accuracy
 
@@ -29,16 +29,12 @@ def data(tmp_path_factory):
     """A split of 10 classes, two images each, as a folder, a tar file, and a dataset of torchvision's."""
     root = tmp_path_factory.mktemp('data')
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8)
-    labels = [i % 10 for i in range(COUNT)]
-    for i, (image, label) in enumerate(zip(pixels, labels)):
-        folder = root / 'folder' / 'test' / f'class{label}'
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f'{i}.png')
+    save_images(root / 'folder' / 'test', pixels, [f'class{i}' for i in range(10)])
     with tarfile.open(root / 'test.tar', 'w') as tar:
         tar.add(root / 'folder' / 'test', arcname='test')
     batches = root / 'torch' / 'cifar-10-batches-py'
     batches.mkdir(parents=True)
-    batch = dict(data=pixels.transpose(0, 3, 1, 2).reshape(COUNT, -1), labels=labels)
+    batch = dict(data=pixels.transpose(0, 3, 1, 2).reshape(COUNT, -1), labels=[i % 10 for i in range(COUNT)])
     (batches / 'test_batch').write_bytes(pickle.dumps(batch))
     (batches / 'batches.meta').write_bytes(pickle.dumps({'label_names': [f'class{i}' for i in range(10)]}))
     return root

@@ -254,8 +254,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         images, targets = read_images(args.data_dir, 'train', args.steps * args.batch_size, args.img_size)
-        batches = list(zip(images.double().contiguous().split(args.batch_size), targets.split(args.batch_size)))
-        trained = {checkpoint: _alikeness_of(checkpoint, torch.cat([images for images, _ in batches[:8]]))
+        images = images.double().contiguous()
+        batches = list(zip(images.split(args.batch_size), targets.split(args.batch_size)))
+        trained = {checkpoint: _alikeness_of(checkpoint, images[:8 * args.batch_size])
                    for checkpoint in args.checkpoints}
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError, ValueError) as e:

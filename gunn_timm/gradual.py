@@ -26,6 +26,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
+def _columns(weights: Sequence[torch.Tensor], columns: slice) -> torch.Tensor:
+    return torch.cat([weight[:, columns] for weight in weights]) if weights[1:] else weights[0][:, columns]
+
+
 class _Shared:
     """What the functions of one call of a layer share while backward runs: the state as it was, and its gradient."""
     nodes, backward = 0, None
@@ -35,8 +39,8 @@ class _Shared:
         ctx.shared = self
         self.nodes += any(ctx.needs_input_grad)
 
-    def enter(self, grad: torch.Tensor, ends: Sequence[torch.Tensor] = ()) -> None:
-        """Begin a function's backward; the first one, at the layer's output, knows both ends of the layer."""
+    def enter(self, grad: torch.Tensor, ends: Sequence[torch.Tensor] = ()) -> Tuple[torch.Tensor, ...]:
+        """Return x, state, gradient, and the last two as rows; the first function, at the output, has both ends."""
         # Backward runs with gradients enabled under create_graph=True only.
         if torch.is_grad_enabled() or is_batched(grad) or not (ends or self.backward == current_backward()):
             raise RuntimeError(
@@ -44,16 +48,15 @@ class _Shared:
                 'create_graph=True, is_grads_batched=True, or a loss that depends on nothing but tensors inside of a '
                 "unit, run the layers by concatenation: gunn_timm.layers.set_backend(model, 'plain').")
         if ends:
-            self.backward, self.left, (self.x, y) = current_backward(), self.nodes, ends
+            self.backward, self.left, (x, y) = current_backward(), self.nodes, ends
+            state = y.clone(memory_format=torch.channels_last)
             # In the state's format, not in the one that the gradient comes in.
-            self.state = y.clone(memory_format=torch.channels_last)
-            self.grad = torch.empty_like(self.state).copy_(grad)
-
-    def finish_one(self) -> None:
-        """Free everything after the last function."""
-        self.left -= 1
+            state_grad = torch.empty_like(state).copy_(grad)
+            self.tensors = x, state, state_grad, _rows(state), _rows(state_grad)
+        self.left, tensors = self.left - 1, self.tensors
         if not self.left:
-            del self.x, self.state, self.grad, self.backward
+            del self.tensors, self.backward
+        return tensors
 
 
 class _Block:
@@ -83,19 +86,18 @@ class _ReadOthers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
-        ctx.shared.enter(grads[0])
-        block, shared, weights, grad = ctx.block, ctx.shared, ctx.saved_tensors, torch.cat(grads, dim=1)
+        *_, rows, rows_grad = ctx.shared.enter(grads[0])
+        block, weights, grad = ctx.block, ctx.saved_tensors, torch.cat(grads, dim=1)
         weight_grads: Sequence[Optional[torch.Tensor]] = [None] * len(weights)
         if ctx.needs_input_grad[0]:
             weight = torch.cat(weights)
             for columns in block.others:
-                _rows(shared.grad)[:, columns].addmm_(grad, weight[:, columns])
+                rows_grad[:, columns].addmm_(grad, weight[:, columns])
         if block.needs_weight_grad:
             for columns in block.others:
-                torch.mm(grad.t(), _rows(shared.state)[:, columns], out=block.weight_grad[:, columns])
+                torch.mm(grad.t(), rows[:, columns], out=block.weight_grad[:, columns])
             weight_grads = block.weight_grad.split([len(weight) for weight in weights])
         block.weight_grad = None
-        shared.finish_one()
         return None, None, None, grad.sum(0) if ctx.needs_input_grad[3] else None, *weight_grads
 
 
@@ -110,23 +112,22 @@ class _ReadOwn(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         (n, _, h, w), own, like = state.shape, block.own, dict(dtype=state.dtype, device=state.device)
         product = torch.empty(n, part.shape[1], h, w, memory_format=torch.channels_last, **like)
-        torch.addmm(part, _rows(state)[:, own], torch.cat([w[:, own] for w in weights]).t(), out=_rows(product))
+        torch.addmm(part, _rows(state)[:, own], _columns(weights, own).t(), out=_rows(product))
         outs = product.split([len(weight) for weight in weights], dim=1)
         return tuple(out.clone(memory_format=torch.channels_last) for out in outs) if len(outs) > 1 else (product,)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
-        ctx.shared.enter(grads[0])
-        block, shared, own = ctx.block, ctx.shared, ctx.block.own
+        *_, rows, rows_grad = ctx.shared.enter(grads[0])
+        block, own = ctx.block, ctx.block.own
         # What comes behind may give its gradient another format.
         grad = _rows((torch.cat(grads, 1) if grads[1:] else grads[0]).contiguous(memory_format=torch.channels_last))
         if block.needs_weight_grad:
             if block.weight_grad is None:
-                block.weight_grad = grad.new_empty(block.rows[-1].stop, shared.state.shape[1])
-            torch.mm(grad.t(), _rows(shared.state)[:, own], out=block.weight_grad[ctx.rows, own])
+                block.weight_grad = grad.new_empty(block.rows[-1].stop, rows.shape[1])
+            torch.mm(grad.t(), rows[:, own], out=block.weight_grad[ctx.rows, own])
         if ctx.needs_input_grad[0]:
-            _rows(shared.grad)[:, own].addmm_(grad, torch.cat([weight[:, own] for weight in ctx.saved_tensors]))
-        shared.finish_one()
+            rows_grad[:, own].addmm_(grad, _columns(ctx.saved_tensors, own))
         return None, None, None, None, None, grad
 
 
@@ -152,14 +153,11 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Any, ...]:
-        shared, segment = ctx.shared, ctx.segment
-        shared.enter(grad, ctx.saved_tensors)
-        shared.state[:, segment].copy_(shared.x[:, segment])
-        state_grad = shared.grad
+        segment, (x, state, state_grad, *_) = ctx.segment, ctx.shared.enter(grad, ctx.saved_tensors)
+        state[:, segment].copy_(x[:, segment])
         out_grad = state_grad[:, segment].clone(memory_format=torch.channels_last)  # what is read of it adds to it
         if not ctx.residual:
             state_grad[:, segment].zero_()
-        shared.finish_one()
         return state_grad, out_grad, None, None, None, None, None
 
 

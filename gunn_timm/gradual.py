@@ -27,6 +27,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(weights: Sequence[torch.Tensor], columns: slice) -> torch.Tensor:
+    """Put together what the weights have for some input channels; of one weight it is a view."""
     return torch.cat([weight[:, columns] for weight in weights]) if weights[1:] else weights[0][:, columns]
 
 

@@ -26,9 +26,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
-def _columns(weights: Sequence[torch.Tensor], columns: slice) -> torch.Tensor:
-    """Put together what the weights have for some input channels; of one weight it is a view."""
-    return torch.cat([weight[:, columns] for weight in weights]) if weights[1:] else weights[0][:, columns]
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Concatenate, but return one tensor alone as it is; `torch.cat` would copy it."""
+    return torch.cat(tensors, dim) if tensors[1:] else tensors[0]
 
 
 class _Shared:
@@ -79,7 +79,7 @@ class _ReadOthers(torch.autograd.Function):
         shared.register(ctx)
         ctx.save_for_backward(*weights)
         ctx.block, block.needs_weight_grad = block, any(ctx.needs_input_grad[4:])
-        weight, rows = torch.cat(weights), _rows(state)
+        weight, rows = _cat(weights), _rows(state)
         first, second = ((rows[:, columns], weight[:, columns].t()) for columns in block.others)
         product = torch.mm(*first) if bias is None else torch.addmm(bias, *first)
         product.addmm_(*second)
@@ -88,10 +88,10 @@ class _ReadOthers(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tuple[Any, ...]:
         *_, rows, rows_grad = ctx.shared.enter(grads[0])
-        block, weights, grad = ctx.block, ctx.saved_tensors, torch.cat(grads, dim=1)
+        block, weights, grad = ctx.block, ctx.saved_tensors, _cat(grads, 1)
         weight_grads: Sequence[Optional[torch.Tensor]] = [None] * len(weights)
         if ctx.needs_input_grad[0]:
-            weight = torch.cat(weights)
+            weight = _cat(weights)
             for columns in block.others:
                 rows_grad[:, columns].addmm_(grad, weight[:, columns])
         if block.needs_weight_grad:
@@ -113,7 +113,7 @@ class _ReadOwn(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         (n, _, h, w), own, like = state.shape, block.own, dict(dtype=state.dtype, device=state.device)
         product = torch.empty(n, part.shape[1], h, w, memory_format=torch.channels_last, **like)
-        torch.addmm(part, _rows(state)[:, own], _columns(weights, own).t(), out=_rows(product))
+        torch.addmm(part, _rows(state)[:, own], _cat([weight[:, own] for weight in weights]).t(), out=_rows(product))
         outs = product.split([len(weight) for weight in weights], dim=1)
         return tuple(out.clone(memory_format=torch.channels_last) for out in outs) if len(outs) > 1 else (product,)
 
@@ -122,13 +122,13 @@ class _ReadOwn(torch.autograd.Function):
         *_, rows, rows_grad = ctx.shared.enter(grads[0])
         block, own = ctx.block, ctx.block.own
         # What comes behind may give its gradient another format.
-        grad = _rows((torch.cat(grads, 1) if grads[1:] else grads[0]).contiguous(memory_format=torch.channels_last))
+        grad = _rows(_cat(grads, 1).contiguous(memory_format=torch.channels_last))
         if block.needs_weight_grad:
             if block.weight_grad is None:
                 block.weight_grad = grad.new_empty(block.rows[-1].stop, rows.shape[1])
             torch.mm(grad.t(), rows[:, own], out=block.weight_grad[ctx.rows, own])
         if ctx.needs_input_grad[0]:
-            rows_grad[:, own].addmm_(grad, _columns(ctx.saved_tensors, own))
+            rows_grad[:, own].addmm_(grad, _cat([weight[:, own] for weight in ctx.saved_tensors]))
         return None, None, None, None, None, grad
 
 

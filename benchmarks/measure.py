@@ -250,17 +250,17 @@ def gmacs(model: nn.Module, image_size: int, in_chans: int = 3) -> float:
 
 
 @lru_cache(maxsize=None)
-def peak_rates(device: str, dtype: torch.dtype) -> Tuple[float, float]:
+def peak_rates(device: str, dtype: torch.dtype, size: int) -> Tuple[float, float]:
     """Measure what the machine can do, for a roofline: the best of some large matrix products, and of some copies.
 
     Args:
         device: 'cpu' or 'cuda'.
         dtype: Type of the matrices.
+        size: Rows and columns of the matrices.
 
     Returns:
         Floating-point operations a second, and bytes read and written a second.
     """
-    size = 8192 if device == 'cuda' else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source, target = (torch.zeros(16 * size * size, device=device) for _ in range(2))
 

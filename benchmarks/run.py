@@ -186,7 +186,8 @@ def _measure_case(case: Case, device: str, rounds: int, tiny: bool) -> List[Dict
         return rows
     try:
         seconds = measure.step_times(workloads, rounds)
-        rates = measure.peak_rates(device, getattr(torch, case.dtype)) if case.mode == 'eager' else None
+        size = 64 if tiny else 8192 if device == 'cuda' else 2048
+        rates = measure.peak_rates(device, getattr(torch, case.dtype), size) if case.mode == 'eager' else None
     except Exception as e:
         return [{'error': _error(e), **row} for row in rows]
     for row in rows:

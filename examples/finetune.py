@@ -165,7 +165,9 @@ def evaluate(model: nn.Module, loader: DataLoader, amp: bool) -> float:
 
 def _train_and_evaluate(pretrained: bool, seed: int, loaders: Sequence[DataLoader], args: argparse.Namespace) -> float:
     random_seed(seed)
-    model = timm.create_model(MODEL, pretrained=pretrained, num_classes=args.classes)
+    model = timm.create_model(MODEL, pretrained=pretrained)
+    # With as many classes as it was trained on, num_classes=N would keep the classifier of the old ones.
+    model.reset_classifier(args.classes)
     model = model.to(args.device, memory_format=torch.channels_last)
     if pretrained and args.freeze_bn:
         model = freeze_batch_norm_2d(model)

@@ -87,6 +87,16 @@ def test_finetune_learns_and_repeats_itself(folders, tiny, capsys):
     assert tiny == [('gunn15.cifar10', True), ('gunn15.cifar10', False)] * 2
 
 
+def test_finetune_replaces_a_classifier_of_as_many_classes(monkeypatch):
+    before = timm.create_model('gunn15.cifar10', pretrained=True)
+    monkeypatch.setattr(finetune, 'train', lambda model, *_: model)
+    monkeypatch.setattr(finetune, 'evaluate', lambda model, *_: model)
+    args = finetune._parser().parse_args(['--data-dir', '', '--classes', '10', '--device', 'cpu'])
+    model = finetune._train_and_evaluate(True, 0, [None, None], args)
+    assert torch.equal(model.final_conv.conv.weight, before.final_conv.conv.weight)
+    assert not torch.equal(model.fc.weight, before.fc.weight)
+
+
 def test_probe(folders, tiny, capsys):
     arguments = ['--data-dir', str(folders), *'--classes 3 --images 8 --image-size 16 --neighbors 3'.split()]
     assert probe.main(arguments) == 0

@@ -39,7 +39,7 @@ def _networks() -> str:
             rows.append([name, info.dataset, paper, 'not run', _link(_paper_recipe(name))])
             continue
         ours = f"[{100 - record.metrics['top1']:.2f}](../weights/{name}.md), {record.training['epochs']} epochs"
-        rows.append([name, info.dataset, paper, ours, ', '.join(map(_link, record.training['recipe']))])
+        rows.append([name, info.dataset, paper, ours, _link(record.training['recipe'])])
     return _table(['model', 'data', 'paper', 'ours', 'recipe'], rows)
 
 

@@ -32,8 +32,6 @@ def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
         Front matter in YAML, and Markdown.
     """
     info, dataset, training = model_infos()[record.name], record.dataset, record.training
-    seeds = ', '.join(map(str, training['seed']))
-    count = len(training['seed'])
     template = resources.files('gunn_timm.zoo').joinpath('card.md').read_text(encoding='utf-8')
     return template.format(
         **vars(record),
@@ -45,8 +43,6 @@ def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
         top1_err=100 - record.metrics['top1'],
         paper='none for it' if info.paper_top1_err is None else f'{info.paper_top1_err}%',
         source=record.name if repo_id is None else f'hf-hub:{repo_id}',
-        seeds=f'Seed: {seeds}' if count == 1 else f'Seeds: {seeds}, one for each of the {count} stretches of one run',
-        recipes=', '.join(f'`{recipe}`' for recipe in training['recipe']),
         commands='\n'.join(training['command']),
         notes=''.join(f'\n{part}\n' for part in (record.metrics.get('notes'), training.get('notes')) if part),
     )

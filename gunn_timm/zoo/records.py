@@ -50,8 +50,8 @@ class WeightsRecord:
     # top1 and top5 in % on the whole test split, images, epoch ('last', or 'best' by held-out images), ema,
     # test_time_augmentation, command; notes if there is more to say
     metrics: Dict[str, Any]
-    # recipe, command and seed (lists, of as many as there were), epochs, hardware, wall_time, date and versions; notes
-    # if there is more to say
+    # recipe, command (a list, of as many as there were), seed, epochs, hardware, wall_time, date and versions; notes if
+    # there is more to say
     training: Dict[str, Any]
     logits_file: str  # beside the record, what `validate.py --logits-file` writes
     hub: Optional[Dict[str, str]] = None  # repo_id and revision (a whole commit hash) on the Hub, once it is there

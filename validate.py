@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="resizing (default: the model's)")
     model = parser.add_argument_group('model')
     model.add_argument('--model', default='gunn15', metavar='NAME', help="model, as timm names it (default: 'gunn15')")
-    model.add_argument('--checkpoint', default='', metavar='FILE', help='evaluate these, not the published weights')
+    model.add_argument('--checkpoint', default='', metavar='FILE', help='weights to evaluate, not the published ones')
     model.add_argument('--ensemble', nargs='+', metavar='FILE',
                        help='evaluate each, and the averages of the probabilities of the first two, three and so on')
     model.add_argument('--num-classes', type=_number(int, 1), metavar='N',
@@ -107,8 +107,7 @@ def _check_classes(names: Sequence[str], labels: Sequence[str], model: torch.nn.
             '--num-classes and --checkpoint.')
     if not labels:
         return
-    imagenet = ImageNetInfo()
-    descriptions = dict(zip(imagenet.label_names(), imagenet.label_descriptions()))
+    descriptions = ImageNetInfo().label_descriptions(as_dict=True)
     for index, (name, label) in enumerate(zip(names, labels)):
         found = descriptions.get(name, name).split(', ')
         if label.replace('_', ' ').lower() not in [word.replace('_', ' ').lower() for word in found]:
@@ -192,7 +191,7 @@ def _evaluate_in_memory(
 
 
 def _accuracy(scores: torch.Tensor, targets: torch.Tensor, prefix: str = '') -> Dict[str, float]:
-    top1, top5 = (round(a.item(), 4) for a in accuracy(scores, targets, (1, min(5, scores.shape[1]))))
+    top1, top5 = (round(a.item(), 4) for a in accuracy(scores, targets, (1, 5)))
     return {
         f'{prefix}top1': top1, f'{prefix}top1_err': round(100 - top1, 4),
         f'{prefix}top5': top5, f'{prefix}top5_err': round(100 - top5, 4)}
@@ -216,10 +215,10 @@ def validate(
 
     Returns:
         A result, with timm's keys: model, top1, top1_err, top5, top5_err (all in %), param_count (millions), img_size,
-        crop_pct, interpolation; and the number of images. Of an ensemble one a checkpoint, which it names, and with
-        ensemble_top1 and so on of the average of the probabilities up to that checkpoint. Then, if a file is asked for
-        them, the images' logits (images, classes) and targets (images) in the dataset's order, and the logits of
-        `probe_images`. Then the record to compare with, if there is one.
+        crop_pct, interpolation; and the number of images. For an ensemble, a result for each checkpoint, with its file,
+        and ensemble_top1 and so on for the probabilities averaged up to it. Then, if a file is asked for them, the
+        images' logits (images, classes) and targets (images) in the dataset's order, and the logits of `probe_images`.
+        Then the record to compare with, if there is one.
 
     Raises:
         ValueError: The data, a checkpoint, the model's name or an argument is not what it should be.
@@ -230,8 +229,7 @@ def validate(
         raise ValueError('--ensemble goes without --checkpoint and --logits-file.')
     if args.num_classes is not None and not checkpoints:
         raise ValueError('--num-classes needs --checkpoint or --ensemble: published weights have classes of their own.')
-    kwargs = {} if args.num_classes is None else {'num_classes': args.num_classes}
-    model = timm.create_model(args.model, pretrained=not checkpoints, **kwargs).eval()
+    model = timm.create_model(args.model, pretrained=not checkpoints, num_classes=args.num_classes).eval()
     record = _published_record(args, model)
     if args.check and record is None:
         raise ValueError(

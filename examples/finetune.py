@@ -126,7 +126,7 @@ def train(
     # Of timm's, which scale the rates as the layers' groups say; those of torch would not.
     scheduler = CosineLRScheduler(
         optimizer, t_initial=steps, warmup_t=steps // 10, warmup_lr_init=lr / 10, t_in_epochs=False)
-    # In a short training an average of the usual length would be of the start.
+    # Without warmup the average of a short training would be mostly its start.
     ema = ModelEmaV3(model, decay=0.999, use_warmup=True)
     model.train()
     step = 0

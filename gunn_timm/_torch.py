@@ -2,7 +2,7 @@
 
 Algorithm 1 computes a unit's first convolutions itself, so it must know of whatever else would see or change them.
 Where PyTorch lacks a name, the answer is the one that makes layers run by concatenation, which is always right; for the
-two that backward asks for, it says what is lost.
+two that backward uses a note says what is lost.
 """
 import torch
 from torch import nn

@@ -14,13 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import AvgPool2dSame, LayerType, calculate_drop_path_rates, create_classifier, get_device_dtype
-from timm.models import (
-    FeatureListNet,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    named_apply,
-    resolve_pretrained_cfg,
-)
+from timm.models import FeatureListNet, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from ._timm import feature_take_indices, register_model
@@ -174,7 +168,7 @@ class Gunn(nn.Module):
 
         It works on parameters without values, as `to_empty` leaves them.
         """
-        named_apply(_init_weights, self)
+        self.apply(_init_weights)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -318,7 +312,7 @@ class GunnFeatures(FeatureListNet):
     set_grad_checkpointing = Gunn.set_grad_checkpointing
 
 
-def _init_weights(module: nn.Module, name: str = '') -> None:
+def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
     elif isinstance(module, nn.Linear):

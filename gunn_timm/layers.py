@@ -36,7 +36,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor
 
 
 def _biases(convs: List[List[nn.Conv2d]]) -> List[List[torch.Tensor]]:
-    """Return biases, zeros where only others have one (as fusing leaves norms with hooks alone), or none at all."""
+    """Return all biases, zeros where only others have one (fusing skips norms with hooks), or none at all."""
     if all(conv.bias is None for read in convs for conv in read):
         return [[] for _ in convs]
     return [[c.weight.new_zeros(len(c.weight)) if c.bias is None else c.bias for c in read] for read in convs]
@@ -71,7 +71,6 @@ class GunnConv(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.kernel_size = kernel_size
         self.conv = nn.Conv2d(
             in_chs, out_chs, kernel_size, stride=stride, padding=dilation * (kernel_size // 2), dilation=dilation,
             bias=False, **dd)
@@ -87,7 +86,7 @@ class GunnConv(nn.Module):
     @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         if (
-                self.kernel_size == 1 and _torch.is_plain_pointwise(self.conv)
+                _torch.is_plain_pointwise(self.conv)
                 and not (_torch.is_recorded() or _torch.is_transformed() or _torch.is_watched())
                 and type(x) is torch.Tensor and x.is_cpu and x.is_contiguous(memory_format=torch.channels_last)
         ):

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--cache', type=Path, metavar='FILE', help='decoded images, made if missing (default: in --data-dir)')
     add('--checkpoint', type=Path, required=True, metavar='FILE', help='to write after every epoch, and to go on from')
     add('--out', type=Path, required=True, metavar='FILE', help='safetensors file of the weights, at the end')
-    add('--minutes', type=float, default=math.inf, metavar='X', help='begin no epoch, but one, that would take longer')
+    add('--minutes', type=float, default=math.inf, metavar='X', help='run one epoch, then those that end in time')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME')
     add('--amp', default='bfloat16', choices=('float32', 'bfloat16', 'float16'), help='(default: bfloat16)')
     add('--compile-units', action='store_true', help='compile the update units')

@@ -3,10 +3,11 @@
 
     python recipes/update_bn.py --model gunn15 --checkpoint CHECKPOINT --data-dir DIR --out FILE
 
-In training the statistics are running averages over augmented images of several sizes, by weights that still move, of
-the last few batches. These are the plain averages over --images training images, without augmentation, at the size and
-by the transforms of evaluation, by the weights as they are: what Wu and Johnson (2021, https://arxiv.org/abs/2105.07576)
-call precise statistics. No image of the test split is seen. The weights themselves stay as they are.
+In training the statistics are running averages over the last few batches: augmented images of several sizes, and
+weights that still change. These are the plain averages over --images training images, without augmentation, at the
+size and by the transforms of evaluation, by the weights as they are: what Wu and Johnson (2021,
+https://arxiv.org/abs/2105.07576) call precise statistics. No image of the test split is seen. The weights themselves
+stay as they are.
 """
 import argparse
 import sys
@@ -37,14 +38,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--model', required=True, metavar='NAME', help="model or tag, for example 'gunn15'")
     parser.add_argument('--checkpoint', required=True, metavar='FILE', help='of train.py, or a safetensors file')
     parser.add_argument('--data-dir', type=Path, required=True, metavar='DIR', help='folder with train/CLASS')
-    parser.add_argument('--dataset', default='', metavar='NAME', help="type, such as 'torch/image_folder'; else timm's")
+    parser.add_argument('--dataset', default='', metavar='NAME', help="such as 'torch/image_folder'; else folders")
     parser.add_argument('--images', type=int, default=10000, metavar='N', help='images to take (default: 10000)')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='what images these are (default: 0)')
     parser.add_argument('--batch-size', '-b', type=int, default=250, metavar='N', help='batch size (default: 250)')
     parser.add_argument('--out', type=Path, required=True, metavar='FILE', help='safetensors file to write')
     args = parser.parse_args(argv)
     try:
-        if not (args.data_dir / 'train').is_dir():
+        if not args.dataset and not (args.data_dir / 'train').is_dir():
             raise FileNotFoundError(f"There is no '{args.data_dir}/train'.")
         if not args.out.parent.is_dir():
             raise FileNotFoundError(f"There is no folder '{args.out.parent}'.")
@@ -52,11 +53,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Every batch counts as much as every other, so all must be whole.
         if not 1 < args.batch_size <= args.images <= len(dataset) or args.images % args.batch_size:
             raise ValueError(
-                f"'{args.data_dir}/train' has {len(dataset)} images: --images takes up to that many, --batch-size 2 "
+                f"'{args.data_dir}' has {len(dataset)} images: --images takes up to that many, --batch-size 2 "
                 f'to --images, of which it must be a divisor; got {args.images} and {args.batch_size}.')
         model = timm.create_model(args.model)
         load_checkpoint(model, args.checkpoint)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:  # timm asserts
         print(f'error: {e}', file=sys.stderr)
         return 2
     dataset.transform = create_transform(**resolve_model_data_config(model))

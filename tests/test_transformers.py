@@ -2,13 +2,13 @@
 import pytest
 import timm
 import torch
+import transformers
 from conftest import ROOT
 from PIL import Image
 
 from gunn_timm.zoo.hub import repository_files
 from gunn_timm.zoo.records import weights_records
 
-transformers = pytest.importorskip('transformers')
 RECORD = weights_records()['gunn15.cifar10']
 
 
@@ -42,7 +42,6 @@ def test_loads_with_the_same_logits_and_labels(folder, expected):
 
 
 def test_fine_tunes_and_loads_again(folder, tmp_path):
-    pytest.importorskip('accelerate')
     model = transformers.AutoModelForImageClassification.from_pretrained(
         folder, num_labels=3, ignore_mismatched_sizes=True)
     before = model.timm_model.stem.conv1.conv.weight.detach().clone()

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add('model', metavar='MODEL', help="model, as timm names it, for example 'gunn15'")
     add('--format', required=True, choices=FORMATS)
     add('--out', required=True, metavar='FILE', help='file to write')
-    add('--checkpoint', metavar='FILE', help='export these, not the published weights')
+    add('--checkpoint', metavar='FILE', help='weights to export, not the published ones')
     add('--num-classes', type=int, metavar='N', help="classes of the checkpoint, if not the model's")
     add('--check', action='store_true', help='run the file in its own runtime and compare')
 

@@ -119,7 +119,7 @@ def create_loader(*args: Any, **kwargs: Any) -> Any:
         choices = kwargs.get('input_size_choices')
         for transform, choice in zip(loader.dataset.transforms if choices else [dataset.transform], choices or [size]):
             _change_steps(transform.transforms, mode, _as_size(choice)[1:], size[1])
-    # The sampler's as well: of a dataset that has a set_epoch, some of timm's scripts call no other.
+    # The sampler's as well: where a dataset has a set_epoch, some of timm's scripts call only that.
     parts = (dataset, loader.sampler, getattr(loader, 'batch_sampler', None))
     seed = _EpochSeed([part.set_epoch for part in parts if hasattr(part, 'set_epoch')])
     images = dataset.dataset if isinstance(dataset, timm.data.AugMixDataset) else dataset

@@ -84,9 +84,9 @@ def repository_files(record: WeightsRecord, repo_id: str) -> Dict[str, bytes]:
 
 
 class Publication(NamedTuple):
-    """The commit, None where nothing was sent (a dry run), and sizes of the files that it wrote, None of those removed.
+    """The commit that has the files, None after a dry run, and sizes of the files written, None for those removed.
 
-    A dry run has all files, and a repository that had them already none.
+    A dry run lists all files. Where the repository has them all, there are none.
     """
     commit: Optional[str]
     changed: Dict[str, Optional[int]]
@@ -148,7 +148,7 @@ def publish(
         dry_run: Make the files and send nothing.
 
     Returns:
-        What was done; with nothing new there is no commit.
+        What was done; with nothing new, the commit that is there and no files.
 
     Raises:
         FileNotFoundError: The weights did not come with the package.

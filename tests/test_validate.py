@@ -167,7 +167,7 @@ def test_comparison_with_the_record(trained, expected, arguments, capsys, monkey
     record = WeightsRecord(
         'gunn15.cifar10', '', 0, 'float32', 0, '', [], {}, {}, dict(top1=top1, top5=top5, images=COUNT), {}, '')
     monkeypatch.setattr(validate, 'weights_records', lambda: {record.name: record})
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained if pretrained else None)
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained, **kwargs: trained if pretrained else None)
     arguments[arguments.index('--checkpoint') + 1] = ''
     assert validate.main([*arguments, '--check']) == 0
     out, err = capsys.readouterr()
@@ -234,7 +234,7 @@ def test_no_image_stands_in_for_one_that_cannot_be_read(name, workers, data, arg
 ])
 def test_class_names_are_those_of_the_weights(labels, message, data, trained, arguments, capsys, monkeypatch):
     monkeypatch.setattr(trained, 'pretrained_cfg', {**trained.pretrained_cfg, 'label_names': labels})
-    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: trained)
+    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: trained)
     arguments[arguments.index('--checkpoint') + 1] = ''
     assert validate.main(arguments) == (2 if message else 0)
     assert (message or '') in capsys.readouterr().err

@@ -36,11 +36,12 @@ def _networks() -> str:
             continue
         paper = '-' if info.paper_top1_err is None else f'{info.paper_top1_err:.2f}'
         if record is None:
-            rows.append([name, info.dataset, paper, 'not run', _link(_paper_recipe(name))])
+            rows.append([name, info.dataset, paper, 'not run', '-', _link(_paper_recipe(name))])
             continue
         ours = f"[{100 - record.metrics['top1']:.2f}](../weights/{name}.md), {record.training['epochs']} epochs"
-        rows.append([name, info.dataset, paper, ours, _link(record.training['recipe'])])
-    return _table(['model', 'data', 'paper', 'ours', 'recipe'], rows)
+        which = f"{record.metrics['epoch']} epoch{', EMA' if record.metrics['ema'] else ''}"
+        rows.append([name, info.dataset, paper, ours, which, _link(record.training['recipe'])])
+    return _table(['model', 'data', 'paper', 'ours', 'weights', 'recipe'], rows)
 
 
 def _written(experiment: str) -> str:

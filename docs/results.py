@@ -39,9 +39,8 @@ def _networks() -> str:
             rows.append([name, info.dataset, paper, 'not run', '-', _link(_paper_recipe(name))])
             continue
         ours = f"[{100 - record.metrics['top1']:.2f}](../weights/{name}.md), {record.training['epochs']} epochs"
-        which = f"{record.metrics['epoch']} epoch{', EMA' if record.metrics['ema'] else ''}"
-        rows.append([name, info.dataset, paper, ours, which, _link(record.training['recipe'])])
-    return _table(['model', 'data', 'paper', 'ours', 'weights', 'recipe'], rows)
+        rows.append([name, info.dataset, paper, ours, record.how_measured, _link(record.training['recipe'])])
+    return _table(['model', 'data', 'paper', 'ours', 'how measured', 'recipe'], rows)
 
 
 def _written(experiment: str) -> str:

@@ -70,10 +70,10 @@ def test_card_and_configuration_agree_with_the_record(name, capsys):
     # miniImageNet has no home of its own there.
     hub_id = record.dataset.get('hub_id')
     assert card.data.datasets == ([hub_id] if hub_id else None)
-    assert {r.metric_name.split()[0]: r.metric_value for r in card.data.eval_results} == {
-        'Top-1': record.metrics['top1'], 'Top-5': record.metrics['top5']}
-    for figure in (f"{record.metrics['top1']}% / {record.metrics['top5']}%", f'{record.parameters:,}', record.sha256,
-                   record.dataset['copy'], record.metrics['command'], *record.training['command']):
+    top1, top5 = record.metrics['top1'], record.metrics['top5']
+    assert {r.metric_name.split()[0]: r.metric_value for r in card.data.eval_results} == {'Top-1': top1, 'Top-5': top5}
+    for figure in (f'{top1:.2f}% / {top5:.2f}%', f'{record.parameters:,}', record.sha256, record.dataset['copy'],
+                   record.metrics['command'], *record.training['command']):
         assert figure in card.text
     assert not re.search(r'None|\{|\[More Information', re.sub(r'```.*?```', '', card.text, flags=re.DOTALL))
     # `python -m gunn_timm card NAME > weights/NAME.md` writes the one beside the record.

@@ -22,7 +22,7 @@ _PICKLES = ('.bin', '.ckpt', '.pkl', '.pickle', '.pt', '.pth', '.tar')
 
 
 def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
-    """Fill in the template card.md for a weight, from its record alone.
+    """Fill in the template card.md for a weight, from its record and its architecture's docstring.
 
     Args:
         record: Record of the weight.
@@ -35,6 +35,7 @@ def model_card(record: WeightsRecord, repo_id: Optional[str] = None) -> str:
     template = resources.files('gunn_timm.zoo').joinpath('card.md').read_text(encoding='utf-8')
     return template.format(
         **vars(record),
+        architecture=timm.model_entrypoint(record.name).__doc__,
         how_measured=record.how_measured,
         info=info,
         datasets=f"datasets: [{dataset['hub_id']}]\n" if 'hub_id' in dataset else '',

@@ -2,20 +2,21 @@
 """Write results.md: what the paper reports beside what was measured, from the records and the experiments' files."""
 import json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Dict, Sequence
+
+from safetensors.torch import load_file
 
 from gunn_timm.zoo.records import model_infos, weights_records
 
 _ROOT = Path(__file__).parents[1]
-_RESULTS = _ROOT / 'experiments' / 'results'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows))
 
 
-def _read(experiment: str) -> Any:
-    return json.loads((_RESULTS / experiment / 'results.json').read_text(encoding='utf-8'))
+def _singularities() -> Dict[str, Any]:
+    return json.loads((_ROOT / 'experiments/results/singularities/results.json').read_text(encoding='utf-8'))
 
 
 def _paper_recipe(name: str) -> str:
@@ -43,40 +44,33 @@ def _networks() -> str:
     return _table(['model', 'data', 'paper', 'ours', 'how measured', 'recipe'], rows)
 
 
-def _written(experiment: str) -> str:
-    """Return what an experiment wrote: what was run, and its tables."""
-    return (_RESULTS / experiment / 'table.md').read_text(encoding='utf-8').strip()
-
-
-def _snapshots() -> str:
-    rows = [
-        [str(i), f"{100 - row['top1']:.2f}", f"{100 - row['ensemble_top1']:.2f}"]
-        for i, row in enumerate(_read('snapshots'), start=1)]
-    return _table(['snapshot', 'its error', 'error of the average up to it'], rows)
+def _ordering() -> Dict[str, str]:
+    """Compare gunn15 with sunn15 on every test image."""
+    records = [weights_records()[name] for name in ('gunn15.cifar100', 'sunn15.cifar100')]
+    logits = [load_file(record.path.with_name(record.logits_file)) for record in records]
+    gunn, sunn = (kept['logits'].argmax(1) == kept['targets'] for kept in logits)
+    count, only_gunn, only_sunn = len(gunn), int((gunn & ~sunn).sum()), int((sunn & ~gunn).sum())
+    rows = [['sunn15 right', f'{int((gunn & sunn).sum())}', f'{only_sunn}'],
+            ['sunn15 wrong', f'{only_gunn}', f'{int((~gunn & ~sunn).sum())}']]
+    papers = [model_infos()[record.name].paper_top1_err for record in records]
+    return dict(
+        images=f'{count:,}', ordering=_table(['', 'gunn15 right', 'gunn15 wrong'], rows),
+        difference=f'{100 * (only_gunn - only_sunn) / count:.2f}',
+        deviation=f'{100 * (only_gunn + only_sunn) ** 0.5 / count:.2f}', paper=f'{papers[1] - papers[0]:.2f}')
 
 
 def _parting() -> str:
-    results = _read('singularities')
+    results = _singularities()
     parts = ('linear', 'segments', 'channels')
     rows = [[network, *(f'{results[part][network][-1]:.2g}' for part in parts)] for network in results['linear']]
     return _table(['network', 'two linear neurons', 'two segments of a layer', 'two channels of a segment'], rows)
-
-
-def _alikeness() -> str:
-    rows = [[checkpoint.partition('=')[0],
-             *(' / '.join(f'{stage[measure]:.3f}' for stage in stages)
-               for measure in ('mean_correlation', 'above_0_9', 'effective_rank'))]
-            for checkpoint, stages in _read('singularities')['trained'].items()]
-    return _table(['network', 'mean absolute correlation of two channels', 'share of pairs above 0.9',
-                   'effective rank, as a share of the channels'], rows)
 
 
 def page() -> str:
     """Return the page, as Markdown."""
     template = Path(__file__).with_name('results.template.md').read_text(encoding='utf-8')
     return template.format(
-        networks=_networks(), ablation=_written('ablation'), snapshots=_snapshots(), parting=_parting(),
-        parting_what=_read('singularities')['what'], alikeness=_alikeness(), conversion=_written('conversion'))
+        networks=_networks(), **_ordering(), parting=_parting(), parting_what=_singularities()['what'])
 
 
 def main() -> None:

@@ -84,6 +84,6 @@ def create(name: str, tiny: bool = False) -> nn.Module:
         base = name.replace('sunn', 'gunn').replace('wide_', '')
         name, kwargs = (name, TINY[base]) if base in TINY else ('test_resnet', {})
     torch.manual_seed(0)
-    # Of gunn18, the first tag has 100 classes; the peers have 1000.
-    model = timm.create_model('gunn18.in1k' if name == 'gunn18' else name, **kwargs)
+    # Without a tag they would have 100 classes, those they are compared with 1000 or 10.
+    model = timm.create_model({'gunn18': 'gunn18.in1k', 'sunn15': 'sunn15.cifar10'}.get(name, name), **kwargs)
     return _FORMS[form](model) if form else model

@@ -57,6 +57,11 @@ def test_results_are_written_after_every_case(tmp_path, monkeypatch):
     assert benchmark.main([*arguments, 'gunn16']) == 2
 
 
+def test_networks_that_are_compared_have_as_many_classes():
+    for names, classes in ((('gunn15', 'sunn15', 'gunn24'), 10), (('gunn18', 'sunn18', 'wide_gunn18'), 1000)):
+        assert {subjects.create(name, tiny=True).num_classes for name in names} == {classes}
+
+
 def test_cuda_suite_fits_eight_minutes_by_its_estimate():
     assert sum(benchmark._estimate(case, 3) for case in benchmark._CUDA_SHORT) < 480
     forms = {name for case in benchmark._CUDA_SHORT for name in case.names}

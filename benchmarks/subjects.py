@@ -80,10 +80,12 @@ def create(name: str, tiny: bool = False) -> nn.Module:
     """
     name, _, form = name.partition(':')
     kwargs: Dict[str, Tuple[int, ...]] = {}
+    base = name.replace('sunn', 'gunn').replace('wide_', '')
+    if base in TINY:
+        # Without a tag the classes would depend on what weights there are.
+        name += '.in1k' if base.endswith('18') else '.cifar10'
     if tiny:
-        base = name.replace('sunn', 'gunn').replace('wide_', '')
         name, kwargs = (name, TINY[base]) if base in TINY else ('test_resnet', {})
     torch.manual_seed(0)
-    # Without a tag they would have 100 classes, those they are compared with 1000 or 10.
-    model = timm.create_model({'gunn18': 'gunn18.in1k', 'sunn15': 'sunn15.cifar10'}.get(name, name), **kwargs)
+    model = timm.create_model(name, **kwargs)
     return _FORMS[form](model) if form else model

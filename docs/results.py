@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write results.md: what the paper reports beside what was measured, from the records and the experiments' files."""
+"""Write results.md: what the paper reports beside what was measured, from the records, logits and results kept here."""
 import json
 from pathlib import Path
 from typing import Any, Dict, Sequence
@@ -8,15 +8,11 @@ from safetensors.torch import load_file
 
 from gunn_timm.zoo.records import model_infos, weights_records
 
-_ROOT = Path(__file__).parents[1]
+_SINGULARITIES = Path(__file__).parents[1] / 'experiments' / 'results' / 'singularities' / 'results.json'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in (header, ['---'] * len(header), *rows))
-
-
-def _singularities() -> Dict[str, Any]:
-    return json.loads((_ROOT / 'experiments/results/singularities/results.json').read_text(encoding='utf-8'))
 
 
 def _paper_recipe(name: str) -> str:
@@ -59,8 +55,7 @@ def _ordering() -> Dict[str, str]:
         deviation=f'{100 * (only_gunn + only_sunn) ** 0.5 / count:.2f}', paper=f'{papers[1] - papers[0]:.2f}')
 
 
-def _parting() -> str:
-    results = _singularities()
+def _parting(results: Dict[str, Any]) -> str:
     parts = ('linear', 'segments', 'channels')
     rows = [[network, *(f'{results[part][network][-1]:.2g}' for part in parts)] for network in results['linear']]
     return _table(['network', 'two linear neurons', 'two segments of a layer', 'two channels of a segment'], rows)
@@ -69,8 +64,9 @@ def _parting() -> str:
 def page() -> str:
     """Return the page, as Markdown."""
     template = Path(__file__).with_name('results.template.md').read_text(encoding='utf-8')
+    singularities = json.loads(_SINGULARITIES.read_text(encoding='utf-8'))
     return template.format(
-        networks=_networks(), **_ordering(), parting=_parting(), parting_what=_singularities()['what'])
+        networks=_networks(), **_ordering(), parting=_parting(singularities), parting_what=singularities['what'])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 """Section 4 of the paper: overlap singularities, and what channel ordering does to them.
 
     python experiments/singularities.py --data-dir DIR
-    python experiments/singularities.py --data-dir DIR --checkpoints gunn15.cifar10=FILE sunn15.cifar10=FILE
+    python experiments/singularities.py --data-dir DIR --checkpoints gunn15=FILE sunn15=FILE
 
 Two neurons overlap when they compute the same thing and are read in the same way. Writes results.json and two plots,
 parting.png and channels.png, to the folder given by --out:
